@@ -1,0 +1,1 @@
+"""Benchmarks of every op in ``fastlm.kernels.OPS``, and reports of what the compiled code says."""

@@ -1,0 +1,1 @@
+"""A minimal GPT that trains and generates with ``fastlm.kernels``."""
