@@ -13,7 +13,7 @@ def _multiprocessors(index: int | None) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of the device; what the active driver says where there is no GPU."""
+    """Streaming multiprocessors of the device; without a GPU, what the active driver says."""
     if device.type == "cuda":
         return _multiprocessors(device.index)
     utils = getattr(driver.active, "utils", None)

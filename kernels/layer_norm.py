@@ -124,7 +124,7 @@ def _backward_kernel(
     HAS_WEIGHT: tl.constexpr, WANTS_DX: tl.constexpr, WANTS_PARAMETERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program takes every num_programs-th tile of rows, and sums its part of dweight and dbias."""
+    """A program takes every num_programs-th tile of rows, and sums its part of the parameters'."""
     program = tl.program_id(0).to(tl.int64)  # row offsets can pass 2^31
     cols = tl.arange(0, BLOCK_N)
     mask_n = cols < N
@@ -309,9 +309,10 @@ def _backward(
     tile = _row_tile(N)
     wants_dx, wants_parameters = wanted[0], wanted[1] or wanted[2]
     programs = min(triton.cdiv(M, tile["BLOCK_M"]), multiprocessors(x.device))
-    parts = [None, None]
-    if wants_parameters:
-        parts = [x.new_empty(programs, N, dtype=torch.float32) for _ in range(2)]
+    parts = [
+        x.new_empty(programs, N, dtype=torch.float32) if wants_parameters else None
+        for _ in range(2)
+    ]
     if N <= _WIDE_BACKWARD:
         _backward_kernel[(programs,)](
             dy, x, weight, mean, rstd, dx, *parts,
@@ -488,7 +489,7 @@ OP = Op(
         {"M": 2, "N": 8200},
         {"M": 3, "N": 16400},
     ),
-    bench_sizes=tuple({"M": 8192, "N": 2**k} for k in range(9, 15)) + ({"M": 2048, "N": 65536},),
+    bench_sizes=(*({"M": 8192, "N": 2**k} for k in range(9, 15)), {"M": 2048, "N": 65536}),
     work=lambda input, weight=None, bias=None, **_: (
         2 * input.nbytes + sum(t.nbytes for t in (weight, bias) if t is not None),
         8 * input.numel(),
