@@ -1,5 +1,6 @@
 """The package as users get it: names, one import of each module, a wheel that works anywhere."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,9 @@ def wheel(tmp_path_factory):
     for name in tracked:
         source, copy = ROOT / name, out / "source" / name
         if source.is_dir():
-            shutil.copytree(source, copy, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                source, copy, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+            )
         else:
             copy.parent.mkdir(exist_ok=True)
             shutil.copy(source, copy)
@@ -78,6 +81,11 @@ def test_the_wheel_works_from_any_directory(wheel, tmp_path):
     python = str(tmp_path / "env" / "bin" / "python")
     for cwd in (ROOT, ROOT.parent, Path("/")):
         run = subprocess.run(
-            [python, "-c", code, str(here)], cwd=cwd, capture_output=True, text=True, timeout=120
+            [python, "-c", code, str(here)],
+            cwd=cwd,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert str(site) in run.stdout, run.stderr
