@@ -12,6 +12,7 @@
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
@@ -169,9 +170,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
         ValueError: Not a function that chooses between a kernel and PyTorch.
     """
     if isinstance(op, str):
-        import fastlm.kernels as public
-
-        op = getattr(public, op, op)
+        op = getattr(sys.modules[__package__], op, op)
     rule = getattr(op, "dispatch", None)
     if not isinstance(rule, Dispatched):
         raise ValueError(
