@@ -1,0 +1,133 @@
+"""The launches that each op makes, forward and backward, on inputs that take no memory."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from fastlm.kernels import Op
+
+from .capture import Capture, Launch, capture_launches
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch, and the call of an op that made it.
+
+    Attributes:
+        op: The op's name.
+        dtype: What the inputs were built in.
+        size: The size the inputs were built at.
+        special: What is unusual about the inputs: ``""``, ``"unaligned"`` or ``"only <input>"``.
+        backward: Whether the backward pass made it.
+        launch: The launch.
+        work: Least bytes and floating-point operations of the forward call.
+    """
+
+    op: str
+    dtype: torch.dtype
+    size: Mapping[str, Any]
+    special: str
+    backward: bool
+    launch: Launch
+    work: tuple[int, int]
+
+    @property
+    def label(self) -> str:
+        """The call in words: ``bfloat16 M=8192 N=4096``."""
+        size = " ".join(f"{k}={_short(v)}" for k, v in self.size.items())
+        return " ".join(filter(None, (_short(self.dtype), size, self.special)))
+
+
+def _short(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
+@contextmanager
+def untouched_memory() -> Iterator[None]:
+    """Keeps ``torch.empty`` from filling what it gives, so that gigabytes cost nothing."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+def hollow(op: Op, dtype: torch.dtype, size: Mapping[str, Any], offset: int = 0) -> dict[str, Any]:
+    """The op's example inputs with nothing in them: shapes, strides and dtypes alone.
+
+    Args:
+        op: The op.
+        dtype: Of the inputs.
+        size: Arguments of ``op.example``.
+        offset: Elements by which every tensor starts past an aligned address.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = op.example(dtype, CPU, **size)
+
+    def materialise(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        span = 1 + sum(st * (n - 1) for st, n in zip(value.stride(), value.shape, strict=True))
+        room = torch.empty(offset + max(span, 0), dtype=value.dtype)
+        tensor = room.as_strided(value.shape, value.stride(), offset)
+        if type(value) is torch.nn.Parameter:
+            return torch.nn.Parameter(tensor, value.requires_grad)
+        return tensor.requires_grad_(value.requires_grad)
+
+    return pytree.tree_map(materialise, inputs)
+
+
+def _call(op: Op, inputs: dict[str, Any], capture: Capture) -> int:
+    """Runs an op forward and backward, and says how many launches the forward made."""
+    results = op.fused(**inputs)
+    forward = len(capture.launches)
+    outputs = [t for t in pytree.tree_leaves(results) if isinstance(t, Tensor) and t.requires_grad]
+    if outputs:
+        torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
+    return forward
+
+
+def cases_of(
+    op: Op,
+    target: str | int,
+    *,
+    sizes: Iterable[Mapping[str, Any]],
+    dtypes: Iterable[torch.dtype],
+    special: str = "",
+) -> list[Case]:
+    """Every launch of an op at these sizes, on a device of this target.
+
+    Args:
+        op: The op.
+        target: Such as ``"sm_90"``.
+        sizes: Arguments of ``op.example``.
+        dtypes: Of the inputs.
+        special: ``"unaligned"`` shifts every tensor by one element; ``"only x"`` leaves ``x`` as
+            the one input that wants a gradient.
+    """
+    found = []
+    with untouched_memory(), torch.enable_grad():
+        for dtype in dtypes:
+            for size in sizes:
+                inputs = hollow(op, dtype, size, offset=int(special == "unaligned"))
+                if special.startswith("only "):
+                    for name, value in inputs.items():
+                        if isinstance(value, Tensor) and value.requires_grad:
+                            value.requires_grad_(special == f"only {name}")
+                work = op.work(**inputs)
+                with capture_launches(target) as capture:
+                    forward = _call(op, inputs, capture)
+                found += [
+                    Case(op.name, dtype, size, special, i >= forward, launch, work)
+                    for i, launch in enumerate(capture.launches)
+                ]
+    return found
