@@ -5,10 +5,12 @@ import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 from .capture import Launch
-from .machine_code import MachineCode, read
+from .machine_code import read
+from .model import cost
 from .rules import Compiled
 
 _CHUNK = 12  # kernels a disassembler run shares
@@ -44,18 +46,24 @@ def _compile_one(launch: Launch, arch: int, seconds: float) -> Any:
         signal.signal(signal.SIGALRM, before)
 
 
-def _compile_chunk(
-    chunk: Sequence[int], seconds: float
-) -> list[tuple[str, str, MachineCode] | str]:
+def _compile_chunk(chunk: Sequence[int], seconds: float, modelled: bool) -> list[Any]:
+    """For each job a message, or the fields of ``Compiled`` that follow launch and arch."""
     compiled = [_compile_one(*_jobs[i], seconds) for i in chunk]
     facts = iter(read([c for c in compiled if not isinstance(c, str)]))
     return [
-        c if isinstance(c, str) else (c.asm["ttir"], c.asm["ttgir"], next(facts)) for c in compiled
+        c
+        if isinstance(c, str)
+        else (c.asm["ttir"], c.asm["ttgir"], next(facts), cost(c) if modelled else None)
+        for c in compiled
     ]
 
 
 def compile_all(
-    jobs: Sequence[tuple[Launch, int]], *, processes: int = 2, seconds: float = 60.0
+    jobs: Sequence[tuple[Launch, int]],
+    *,
+    processes: int = 2,
+    seconds: float = 60.0,
+    modelled: bool = False,
 ) -> list[Compiled | Failure]:
     """Compiles each launch for the compute capability beside it.
 
@@ -63,16 +71,17 @@ def compile_all(
         jobs: Launches and capabilities such as 90.
         processes: Worker processes; 1 compiles in this one.
         seconds: Limit of each compilation, which then counts as failed.
+        modelled: Whether to run the cost model on each as well.
     """
     global _jobs
     _jobs = list(jobs)
     chunks = [list(range(i, min(i + _CHUNK, len(_jobs)))) for i in range(0, len(_jobs), _CHUNK)]
     if processes == 1 or len(chunks) < 2:
-        answers = [_compile_chunk(chunk, seconds) for chunk in chunks]
+        answers = [_compile_chunk(chunk, seconds, modelled) for chunk in chunks]
     else:
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            answers = list(pool.map(_compile_chunk, chunks, [seconds] * len(chunks)))
+            answers = list(pool.map(_compile_chunk, chunks, repeat(seconds), repeat(modelled)))
     results: list[Compiled | Failure] = []
     for (launch, arch), answer in zip(_jobs, (a for part in answers for a in part), strict=True):
         if isinstance(answer, str):

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from .capture import LIMITS, Launch
 from .machine_code import MachineCode
+from .sass import Report
 from .ttir import Function, dots, exponentials, memory_tiles, narrow_products, parse
 
 _HALF = ("f16", "bf16")
@@ -22,6 +23,7 @@ class Compiled:
         ttir: Triton's intermediate code.
         ttgir: The same with layouts chosen.
         code: The machine code.
+        report: What the cost model says of it, if it was asked.
         one_program: Whether every launch of the kernel is of a single program.
         main_path: Whether the inputs are of a size and alignment that the kernel is built for.
     """
@@ -31,6 +33,7 @@ class Compiled:
     ttir: str
     ttgir: str
     code: MachineCode
+    report: Report | None = None
     one_program: bool = False
     main_path: bool = False
 

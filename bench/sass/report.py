@@ -5,6 +5,7 @@ import functools
 import math
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .control_flow import Code
@@ -401,23 +402,53 @@ def analyse(
     )
 
 
-def predict(r: Report, grid: int, trips: int = 0, launch_us: float = 5.0, gpu: Gpu = None):
-    """modelled kernel time in us [overlap, simulated, serial]; trips = hot-loop iterations per CTA; launch_us = timer floor."""
-    g, hot, n = gpu or GPUS[r.arch], r.hot_loop(), max(1, r.ctas_per_sm)
-    res = []
-    ceil = g.ceil.get(hot.dtype, g.ceil[""]) if hot and hot.macs_cta else 1
-    sp = r.streaming.get("spill_to_dram", 0)
-    per_cta = sum(r.bytes_cta[:2]) + (
-        (hot.load_bytes + hot.store_bytes + sp) * trips if hot else sp
-    )
-    mem = (per_cta * grid + r.bytes_cta[2]) / g.dram_gbs / 1e3 / g.dram_eff if r.streaming else 0
+def predict(
+    report: Report,
+    grid: float,
+    trips: float | Mapping[str, float] = 0,
+    launch_us: float = 5.0,
+    gpu: Gpu | None = None,
+) -> list[float]:
+    """Modelled kernel time in microseconds: [overlap, simulated, serial].
+
+    Args:
+        report: Of the kernel.
+        grid: Blocks of the launch.
+        trips: Turns of the hot loop in each block, or turns of every loop by its name.
+        launch_us: Added for the launch.
+        gpu: Default: the one that the report is of.
+    """
+    gpu = gpu or GPUS[report.arch]
+    resident = max(1, report.ctas_per_sm)
+    turns = dict(trips) if isinstance(trips, Mapping) else {report.hot: trips}
+    loops = [loop for loop in report.loops if turns.get(loop.name)]
+    memory = 0.0
+    if report.streaming:
+        memory = traffic_bytes(report, grid, turns) / gpu.dram_gbs / 1e3 / gpu.dram_eff
+    times = []
     for k in range(3):
-        c = r.straight_cycles[k] + LAT["launch"] * (k > 0) + (hot.cycles[k] * trips if hot else 0)
-        if ceil < 1 and hot.utilisation[k] > ceil:
-            c *= hot.utilisation[k] / ceil
-        t = max(1.0, grid / (g.sms * n)) * c / g.mhz / max(1, ceil)
-        res.append(round(launch_us + (max(t, mem * g.dram_eff), max(t, mem), t + mem)[k], 2))
-    return res
+        cycles = report.straight_cycles[k] + LAT["launch"] * (k > 0)
+        cycles += sum(loop.cycles[k] * turns[loop.name] for loop in loops)
+        hot = next((loop for loop in loops if loop.name == report.hot and loop.macs_cta), None)
+        ceiling = gpu.ceil.get(hot.dtype, gpu.ceil[""]) if hot else 1
+        if hot and ceiling < 1 and hot.utilisation[k] > ceiling:
+            cycles *= hot.utilisation[k] / ceiling
+        waves = max(1.0, grid / (gpu.sms * resident))
+        busy = waves * cycles / gpu.mhz / max(1, ceiling)
+        bound = (max(busy, memory * gpu.dram_eff), max(busy, memory), busy + memory)[k]
+        times.append(round(launch_us + bound, 2))
+    return times
+
+
+def traffic_bytes(report: Report, grid: float, turns: Mapping[str, float]) -> float:
+    """Bytes of global memory that a launch reads and writes, what every block shares counted once."""
+    spilled = report.streaming.get("spill_to_dram", 0)
+    hot = report.hot_loop()
+    block = sum(report.bytes_cta[:2]) + (0 if hot else spilled)
+    for loop in report.loops:
+        extra = spilled if loop.name == report.hot else 0
+        block += (loop.load_bytes + loop.store_bytes + extra) * turns.get(loop.name, 0)
+    return block * grid + report.bytes_cta[2]
 
 
 def gate(new, old, tol):  # regressions of report `new` against an earlier report's json

@@ -1,0 +1,339 @@
+"""The static report: every kernel's machine code and modelled time, on a machine with no GPU."""
+
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+import fastlm
+from fastlm.kernels import OPS
+
+from .capture import as_target
+from .cases import Case, cases_of
+from .compile import Failure, compile_all
+from .model import ASSUMPTIONS, model, part, roofline
+from .rules import Compiled, refusals
+
+NOTHING_TIMED = (
+    "NOTHING WAS TIMED: no CUDA device was used. Figures below are compiler facts and a model."
+)
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
+ALL_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+def _sizes(op_name: str, which: str) -> Sequence[Any]:
+    op = OPS[op_name]
+    if which == "one":
+        return [op.bench_sizes[len(op.bench_sizes) // 2]]
+    return op.bench_sizes if which == "bench" else [*op.sizes, *op.bench_sizes]
+
+
+def _dtypes(op_name: str, which: str) -> Sequence[torch.dtype]:
+    dtypes = OPS[op_name].dtypes
+    if which == "all":
+        return dtypes
+    return [torch.bfloat16 if torch.bfloat16 in dtypes else dtypes[0]]
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the commit that a report is of."""
+    root = Path(__file__).resolve().parent
+    commit = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return {
+        "fastlm": fastlm.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _row(case: Case, arch: int, result: Compiled | Failure) -> dict[str, Any]:
+    """One row of the report: a launch on a target."""
+    launch = case.launch
+    flags = {
+        k: v
+        for k, v in launch.meta.items()
+        if launch.kernel.params[k_index(launch, k)].is_constexpr
+    }
+    row: dict[str, Any] = {
+        "op": case.op,
+        "case": case.label,
+        "size": {k: str(v).removeprefix("torch.") for k, v in case.size.items()},
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "pass": "backward" if case.backward else "forward",
+        "kernel": launch.name,
+        "variant": {
+            k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flags.items()
+        },
+        "options": launch.options,
+        "grid": launch.grid,
+        "target": f"sm_{arch}",
+    }
+    if isinstance(result, Failure):
+        return {**row, "error": result.message}
+    code = result.code
+    blocks, share, limiter = code.occupancy(arch)
+    row |= {
+        "registers": code.registers,
+        "spills": code.spills,
+        "stack": code.stack,
+        "shared": code.shared,
+        "tensor_memory": code.tensor_memory,
+        "warps": code.warps,
+        "blocks_per_sm": blocks,
+        "occupancy": round(share, 3),
+        "occupancy_limiter": limiter,
+        "instructions": code.instructions,
+        "tensor": code.tensor,
+        "accesses": code.accesses,
+        "float64": code.double,
+        "barriers": code.barriers,
+        "refusals": refusals(result),
+    }
+    if result.report is not None:
+        modelled = asdict(model(launch, result.ttir, result.report))
+        row["modelled"] = modelled
+    return row
+
+
+def k_index(launch: Any, name: str) -> int:
+    """Position of a parameter."""
+    return launch.kernel.arg_names.index(name)
+
+
+def _calls(
+    rows: Iterable[dict[str, Any]], works: dict[Any, tuple[int, int]]
+) -> list[dict[str, Any]]:
+    """Rows of one call and pass added up, beside the least bytes and FLOPs of the call."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["case"], row["pass"], row["target"]), []).append(row)
+    calls = []
+    for (op, case, direction, target), members in groups.items():
+        if any("modelled" not in m for m in members):
+            continue
+        microseconds = [
+            round(sum(m["modelled"]["microseconds"][k] for m in members), 2) for k in range(3)
+        ]
+        call = {
+            "op": op,
+            "case": case,
+            "size": members[0]["size"],
+            "pass": direction,
+            "target": target,
+            "launches": len(members),
+            "microseconds": microseconds,
+            "bytes": round(sum(m["modelled"]["bytes"] for m in members)),
+            "flops": round(sum(m["modelled"]["flops"] for m in members)),
+        }
+        if direction == "forward":
+            least_bytes, flops = works[op, case]
+            half = members[0]["dtype"] in ("float16", "bfloat16")
+            bound = roofline(as_target(target).arch, (least_bytes, flops), half)
+            call |= {
+                "least_bytes": least_bytes,
+                "work_flops": flops,
+                "roofline_microseconds": round(bound, 2),
+                "roofline_share": round(bound / microseconds[1], 3) if microseconds[1] else None,
+            }
+        calls.append(call)
+    return calls
+
+
+def static_report(
+    *,
+    targets: Sequence[str] = TARGETS,
+    ops: Sequence[str] | None = None,
+    sizes: str = "bench",
+    dtypes: str = "one",
+    processes: int = 2,
+) -> dict[str, Any]:
+    """Compiles what the ops launch and reads the machine code. Nothing runs.
+
+    Args:
+        targets: Such as ``"sm_90"``.
+        ops: Names in ``fastlm.kernels.OPS``; all by default.
+        sizes: ``"one"`` typical size an op, ``"bench"`` sizes, or ``"all"``, small ones included.
+        dtypes: ``"one"``, bfloat16 where the op has it, or ``"all"``.
+        processes: That compile at a time.
+
+    Returns:
+        ``rows``, a launch each; ``calls``, forward or backward each; ``environment``, ``parts``,
+        ``assumptions``, ``seconds`` spent; ``timed`` is False. Ready for JSON.
+    """
+    started = time.perf_counter()
+    names = list(OPS) if ops is None else list(ops)
+    jobs: list[tuple[Case, int]] = []
+    works: dict[Any, tuple[int, int]] = {}
+    for target in targets:
+        arch = as_target(target).arch
+        for name in names:
+            found = cases_of(
+                OPS[name], target, sizes=_sizes(name, sizes), dtypes=_dtypes(name, dtypes)
+            )
+            jobs += [(case, arch) for case in found]
+            works |= {(case.op, case.label): case.work for case in found}
+    grids: dict[Any, set[Any]] = {}
+    for case, _ in jobs:
+        grids.setdefault(case.launch.kernel, set()).add(case.launch.grid)
+    unique = {(case.launch.key(), arch): (case.launch, arch) for case, arch in jobs}
+    results = dict(
+        zip(
+            unique,
+            compile_all(list(unique.values()), processes=processes, modelled=True),
+            strict=True,
+        )
+    )
+    rows = []
+    for case, arch in jobs:
+        result = results[case.launch.key(), arch]
+        if isinstance(result, Compiled):
+            result.one_program = grids[case.launch.kernel] == {(1, 1, 1)}
+            result.main_path = case.size in OPS[case.op].bench_sizes
+        rows.append(_row(case, arch, result))
+    return {
+        "schema": 1,
+        "timed": False,
+        "notice": NOTHING_TIMED,
+        "environment": environment(),
+        "command": " ".join(["fastlm", *sys.argv[1:]]),
+        "targets": list(targets),
+        "parts": {target: part(as_target(target).arch) for target in targets},
+        "assumptions": list(ASSUMPTIONS),
+        "seconds": round(time.perf_counter() - started, 1),
+        "distinct_kernels": len(unique),
+        "calls": _calls(rows, works),
+        "rows": rows,
+    }
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+def _widths(row: dict[str, Any]) -> str:
+    """Global accesses in short: ``ld 6x128 st 2x128``."""
+    short = {"load": "ld", "store": "st", "copy": "cp", "tma": "tma"}
+    parts = []
+    for kind, widths in row["accesses"].items():
+        counts = "+".join(
+            f"{n}x{w}" if w else f"{n}" for w, n in sorted(widths.items(), reverse=True)
+        )
+        parts.append(f"{short[kind]} {counts}")
+    return " ".join(parts)
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def table(report: dict[str, Any], limit_cases: int = 1) -> str:
+    """The report as text: every kernel at one typical size an op (the rest is in the JSON)."""
+    lines = [report["notice"], ""]
+    env = report["environment"]
+    lines.append(
+        f"fastlm {env['fastlm']} ({env['commit']}), torch {env['torch']}, triton {env['triton']}"
+    )
+    header = (
+        "kernel",
+        "target",
+        "regs",
+        "spill",
+        "shared",
+        "occ",
+        "tensor",
+        "global accesses",
+        "f64",
+        "bar",
+        "modelled us",
+    )
+    for op in dict.fromkeys(row["op"] for row in report["rows"]):
+        cases = list(dict.fromkeys(r["case"] for r in report["rows"] if r["op"] == op))
+        middle = len(cases) // 2
+        for case in cases[middle : middle + limit_cases]:
+            lines += ["", f"{op}  {case}"]
+            body = [header]
+            for row in report["rows"]:
+                if (row["op"], row["case"]) == (op, case):
+                    body.append(_cells(row))
+            lines += _columns(body)
+            for call in report["calls"]:
+                if (call["op"], call["case"]) == (op, case):
+                    lines.append(_sentence(call))
+    failed = [
+        f"{r['op']} {r['case']} {r['kernel']} {r['target']}: {t}"
+        for r in report["rows"]
+        for t in r.get("refusals", [r.get("error", "")])
+    ]
+    lines += ["", "Refused by the rules: " + (f"{len(failed)}" if failed else "none")]
+    lines += [f"  {text}" for text in failed[:20]]
+    lines += ["", "Assumptions of the model:"]
+    lines += [f"  {text}" for text in report["assumptions"]]
+    lines.append("  parts: " + ", ".join(f"{t} = {p['name']}" for t, p in report["parts"].items()))
+    lines.append(
+        f"{report['distinct_kernels']} distinct kernels compiled in {report['seconds']} s, {len(report['rows'])} launches"
+    )
+    return "\n".join([*lines, "", report["notice"]])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if "error" in row:
+        return (row["kernel"], row["target"], row["error"], *[""] * 8)
+    low, middle, high = row["modelled"]["microseconds"]
+    tensor = "+".join(f"{n} {name}" for name, n in row["tensor"].items()) or "-"
+    return (
+        row["kernel"],
+        row["target"],
+        str(row["registers"]),
+        str(row["spills"]),
+        str(row["shared"]),
+        f"{row['occupancy']:.0%}",
+        tensor,
+        _widths(row),
+        str(row["float64"]),
+        str(row["barriers"]),
+        f"{_number(middle)} [{_number(low)}, {_number(high)}]",
+    )
+
+
+def _columns(body: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
+    numeric = {2, 3, 4, 5, 8, 9}
+    return [
+        "  "
+        + "  ".join(
+            cell.rjust(w) if i in numeric else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in body
+    ]
+
+
+def _sentence(call: dict[str, Any]) -> str:
+    text = f"  {call['target']} {call['pass']}: modelled {_number(call['microseconds'][1])} us in {call['launches']} launch{'es' * (call['launches'] > 1)}"
+    if "least_bytes" in call and call["roofline_share"]:
+        text += (
+            f"; {human(call['bytes'])}B moved, {human(call['least_bytes'])}B needed, "
+            f"{call['roofline_share']:.0%} of the roofline"
+        )
+    return text
+
+
+def human(value: float) -> str:
+    """A number with a decimal prefix: ``"134 M"``."""
+    if value <= 0:
+        return "0 "
+    power = min(4, int(math.log(value, 1000)))
+    return f"{value / 1000**power:.3g} {'_kMGT'[power].strip('_')}"
