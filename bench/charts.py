@@ -21,7 +21,7 @@ def _ticks(low: float, high: float, count: int = 5) -> list[float]:
 def _plain(value: float) -> str:
     if abs(value) >= 10000:
         return f"{value / 1000:g}k"
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:g}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start", kind: str = "tick") -> str:
@@ -131,7 +131,7 @@ def bars(
         colours: Names of the series, in the order of the page's colours.
         width: In pixels, at full size.
     """
-    left, right, bar, gap, space = 196.0, 96.0, 12.0, 3.0, 12.0
+    left, right, bar, gap, space = 160.0, 124.0, 12.0, 3.0, 12.0
     y, parts = 6.0, []
     for name, members in groups:
         size = len(members) * (bar + gap)
@@ -167,7 +167,7 @@ def ranges(
         x_label: Under the axis.
         width: In pixels, at full size.
     """
-    left, right, row, space = 196.0, 64.0, 15.0, 12.0
+    left, right, row, space = 160.0, 64.0, 15.0, 12.0
     numbers = [v for _, members in groups for _, triple in members for v in triple if v > 0]
     low = 10 ** math.floor(math.log10(min(numbers)))
     high = 10 ** math.ceil(math.log10(max(numbers) * 1.0001))

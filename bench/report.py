@@ -21,7 +21,7 @@ main { max-width:1240px; margin:0 auto; padding:28px 24px 64px }
 h1 { font-size:26px; margin:0 0 4px; letter-spacing:-.01em } h2 { font-size:19px; margin:40px 0 4px }
 h3 { font-size:15px; margin:0 0 8px } p { margin:4px 0 12px; max-width:80ch } .soft { color:var(--soft) }
 .notice { background:var(--warn-bg); color:var(--warn); border-radius:8px; padding:10px 14px;
-  font-weight:600; margin:16px 0 }
+  font-weight:600; margin:16px 0; max-width:none }
 .tiles { display:flex; flex-wrap:wrap; gap:12px; margin:16px 0 }
 .tile { background:var(--card); border:1px solid var(--rule); border-radius:10px; padding:12px 16px; min-width:150px; flex:1 }
 .tile b { display:block; font-size:24px; font-weight:650; line-height:1.2 } .tile span { color:var(--soft); font-size:13px }
@@ -36,7 +36,7 @@ svg .track { fill:var(--track) } svg .range { opacity:.35 } svg .name { font-siz
 .scroll { overflow-x:auto; margin-top:10px } table { border-collapse:collapse; width:100%; font-size:13px; font-variant-numeric:tabular-nums }
 th { text-align:left; color:var(--soft); font-weight:600; white-space:nowrap; border-bottom:1px solid var(--rule); padding:6px 10px 6px 0 }
 td { border-bottom:1px solid var(--rule); padding:5px 10px 5px 0; white-space:nowrap } td.n, th.n { text-align:right }
-td small { color:var(--soft) } .bad { color:var(--bad); font-weight:600 }
+td small { color:var(--soft) } td.wrap { white-space:normal; min-width:240px } .bad { color:var(--bad); font-weight:600 }
 .controls { display:flex; flex-wrap:wrap; gap:10px; margin:12px 0 } select, input { font:inherit; font-size:14px; padding:5px 9px;
   color:var(--ink); background:var(--card); border:1px solid var(--rule); border-radius:7px }
 li { margin:2px 0; max-width:90ch } code { font-size:13px }

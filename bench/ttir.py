@@ -209,12 +209,20 @@ def memory_tiles(kernel: Function) -> list[tuple[str, int, int]]:
     return found
 
 
-def exponentials(layouts: str) -> int:
-    """Elements of all tiles that are exponentiated, from the code with layouts (TTGIR)."""
-    return sum(
-        math.prod(map(int, shape.split("x")[:-1]))
-        for shape in re.findall(r"math\.exp2? [^\n]*?: tensor<((?:\d+x)+)", layouts)
-    )
+def exponentials(layouts: str) -> tuple[int, int]:
+    """Elements of all tiles that are exponentiated, and how many rows' worth of vectors are.
+
+    Args:
+        layouts: The code with layouts (TTGIR).
+    """
+    tiles = vectors = 0
+    for shape in re.findall(r"math\.exp2? [^\n]*?: tensor<((?:\d+x)+)", layouts):
+        sizes = [int(n) for n in shape.split("x")[:-1]]
+        if len(sizes) > 1:
+            tiles += math.prod(sizes)
+        else:
+            vectors += 1
+    return tiles, vectors
 
 
 # --- loop counts --------------------------------------------------------------------------------
