@@ -39,8 +39,14 @@ def _compile_one(launch: Launch, arch: int, seconds: float) -> Any:
         return launch.compile(arch)
     except TimeoutError:
         return f"not compiled after {seconds:.0f} s"
-    except Exception as error:  # the compiler's own, of any kind
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+    except Exception as caught:  # the compiler's own, of any kind
+        error: BaseException | None = caught
+        causes = []
+        while error is not None:
+            last = (str(error).strip().splitlines() or [""])[-1]
+            causes.append(f"{type(error).__name__}: {last[:200]}")
+            error = error.__cause__
+        return " < ".join(causes)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

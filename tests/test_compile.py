@@ -62,7 +62,7 @@ def test_compiled_kernels_keep_the_rules(target):
         grids[case.launch.kernel].add(case.launch.grid)
     by_key = {case.launch.key(): case for case in reversed(cases)}
     compiled = compile_all([(case.launch, target) for case in by_key.values()])
-    wrong = []
+    wrong = defaultdict(list)
     for case, result in zip(by_key.values(), compiled, strict=True):
         if isinstance(result, Failure):
             said = [result.message]
@@ -70,8 +70,12 @@ def test_compiled_kernels_keep_the_rules(target):
             result.one_program = grids[case.launch.kernel] == {(1, 1, 1)}
             result.main_path = not case.special and case.size in OPS[case.op].bench_sizes
             said = refusals(result)
-        wrong += [f"{case.op} {case.label}: {case.launch}: {text}" for text in said]
-    assert not wrong, f"{len(wrong)} refusals\n" + "\n".join(wrong)
+        for text in said:
+            wrong[f"{case.launch.name}: {text}"].append(f"{case.op} {case.label}")
+    assert not wrong, "\n".join(
+        f"{text}\n    {len(calls)} launches, the first of {calls[0]}"
+        for text, calls in wrong.items()
+    )
 
     assert reachable({case.launch.kernel for case in cases}) == defined_kernels()
     for op in OPS:
