@@ -25,7 +25,7 @@ def _spilling_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + offs)
     y = tl.load(x_ptr + N + offs)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, N):
+    for start in range(N):
         total += x * start + y * (total + start)
     tl.store(y_ptr + offs, total + x + y)
 
