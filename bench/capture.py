@@ -335,8 +335,8 @@ def resources(compiled: Any) -> dict[str, Any]:
         ).stderr
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     return {
-        "regs": info["regs"],
-        "stack": info["stack"],
+        "regs": info.registers,
+        "stack": info.stack,
         "shared": compiled.metadata.shared,
         "tmem": getattr(compiled.metadata, "tmem_size", None),
         "warps": compiled.metadata.num_warps,

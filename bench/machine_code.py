@@ -3,7 +3,6 @@
 import bisect
 import json
 import re
-import struct
 import subprocess
 import tempfile
 from collections import Counter
@@ -13,9 +12,8 @@ from typing import Any
 
 from triton.runtime.cache import get_cache_manager
 
-from .sass import GPUS
-from .sass.parse import elf_info, tool
-from .sass.report import occupancy
+from .sass import GPUS, occupancy
+from .sass.parse import elf_info, sections, tool
 
 _FORMAT = 1  # of the cached facts
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
@@ -104,15 +102,11 @@ class MachineCode:
 
 def _code_sections(cubin: bytes) -> bytes:
     """The machine code of a cubin: the bytes of its .text sections."""
-    (table,) = struct.unpack_from("<Q", cubin, 0x28)
-    count, names = struct.unpack_from("<HH", cubin, 0x3C)
-    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + 64 * k) for k in range(count)]
-    code = b""
-    for section in sections:
-        name = cubin[sections[names][4] + section[0] :].split(b"\0", 1)[0]
-        if name.startswith(b".text."):
-            code += cubin[section[4] : section[4] + section[5]]
-    return code
+    return b"".join(
+        cubin[offset : offset + size]
+        for name, offset, size in sections(cubin)
+        if name.startswith(".text.")
+    )
 
 
 def _opcodes(cubins: Sequence[bytes], arch: int) -> list[dict[str, int]]:
@@ -152,11 +146,11 @@ def read(compiled: Sequence[Any]) -> list[MachineCode]:
         for (key, kernel), opcodes in zip(kernels.items(), counts, strict=True):
             info = elf_info(kernel.asm["cubin"])
             facts[key] = MachineCode(
-                registers=info["regs"],
-                stack=info["stack"],
+                registers=info.registers,
+                stack=info.stack,
                 shared=kernel.metadata.shared,
                 tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
-                warps=info["threads"] // 32 or kernel.metadata.num_warps,
+                warps=info.threads // 32 or kernel.metadata.num_warps,
                 opcodes=opcodes,
             )
             text = json.dumps({"format": _FORMAT, **asdict(facts[key])})

@@ -12,8 +12,7 @@ from triton.runtime.cache import get_cache_manager
 
 from . import sass
 from .capture import Launch
-from .sass import LoopReport, Report, analyse, predict
-from .sass.report import traffic_bytes
+from .sass import LoopReport, Report, analyse, predict, traffic_bytes
 from .ttir import parse, trip_counts
 
 ASSUMPTIONS = (
@@ -47,10 +46,10 @@ def cost(compiled: Any) -> Report:
     report = analyse(
         compiled.asm["cubin"],
         metadata.target.arch,
-        metadata.num_warps,
-        metadata.shared,
-        metadata.num_stages or 2,
-        getattr(metadata, "tmem_size", None) or 0,
+        warps=metadata.num_warps,
+        shared=metadata.shared,
+        stages=metadata.num_stages or 2,
+        tensor_memory=getattr(metadata, "tmem_size", None) or 0,
     )
     keeper.put(json.dumps(asdict(report)), f"fastlm-cost-{_version()}.json", binary=False)
     return report
@@ -143,14 +142,14 @@ def model(launch: Launch, ttir: str, report: Report) -> Modelled:
         grid *= programs
     turns, guessed = _mean_turns(launch, ttir)
     by_loop, matched = _match(report, turns)
-    times = predict(report, grid, by_loop, launch_us=0.0)
-    macs = sum(loop.macs_cta * by_loop.get(loop.name, 0.0) for loop in report.loops)
+    times = predict(report, grid, by_loop)
+    macs = sum(loop.macs * by_loop.get(loop.name, 0.0) for loop in report.loops)
     hot = report.hot_loop()
     bound = hot.bottleneck if hot else "issue"
     if report.streaming and report.streaming["bound"] == "DRAM":
         bound = "DRAM"
     return Modelled(
-        (times[0], times[1], times[2]),
+        times,
         traffic_bytes(report, grid, by_loop),
         2.0 * macs * grid,
         bound,
@@ -162,7 +161,7 @@ def roofline(arch: int, work: tuple[int, int], half: bool) -> float:
     """Microseconds that the least bytes and the FLOPs of a call take on the part at its peak."""
     gpu = sass.GPUS[arch]
     bytes_, flops = work
-    peak = 2 * gpu.tensor["f16" if half else "tf32"] * gpu.sms * gpu.mhz * 1e6
+    peak = 2 * gpu.tensor["f16" if half else "tf32"] * gpu.multiprocessors * gpu.megahertz * 1e6
     return max(bytes_ / (gpu.dram_gbs * 1e9), flops / peak) * 1e6
 
 
@@ -171,7 +170,7 @@ def part(arch: int) -> Mapping[str, Any]:
     gpu = sass.GPUS[arch]
     return {
         "name": gpu.name,
-        "multiprocessors": gpu.sms,
-        "megahertz": gpu.mhz,
+        "multiprocessors": gpu.multiprocessors,
+        "megahertz": gpu.megahertz,
         "dram_gbs": gpu.dram_gbs,
     }

@@ -12,7 +12,8 @@ kernels (up to 54 % on warp-specialised ones) and by 8 % on streaming kernels.
 """
 
 from .gpus import ASSUMPTIONS, GPUS, SOURCES, Gpu
-from .report import LoopReport, Report, analyse, gate, predict
+from .predict import predict, traffic_bytes
+from .report import LoopReport, Report, analyse, occupancy
 
 __all__ = [
     "ASSUMPTIONS",
@@ -22,6 +23,7 @@ __all__ = [
     "LoopReport",
     "Report",
     "analyse",
-    "gate",
+    "occupancy",
     "predict",
+    "traffic_bytes",
 ]

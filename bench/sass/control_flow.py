@@ -1,150 +1,220 @@
 """Basic blocks, natural loops, and the path through a kernel that is costed."""
 
-import collections
 import functools
 import re
+from collections import defaultdict
+from collections.abc import Mapping
 
-from .cost import HEAVY, MMA
+from .cost import HEAVY, TENSOR
+from .parse import Instruction
+
+# An instruction, and whether one elected thread issues it.
+Path = list[tuple[Instruction, bool]]
+
+_ENDS = ("BRA", "EXIT", "RET", "BRX", "CALL", "JMP")
+_LEAVES = ("BRA", "EXIT", "RET", "BRX", "JMP")
+_ELECTED = {"tcgen05", "tcgen05 commit", "tma load", "tma store"}
+
+
+def _always(i: Instruction) -> bool:
+    return not i.predicate and not re.match(r"!?U?P\d", i.operands)
 
 
 class Code:
-    """basic blocks, successors and natural loops of one kernel."""
+    """Basic blocks, successors and natural loops of one kernel.
 
-    def __init__(s, insns, labels):
-        s.insns = insns
-        idx = s.idx = {i.off: n for n, i in enumerate(insns)}
-        hit = {i.target for i in insns}
-        orphans = [
-            o for o in labels.values() if o not in hit and o in idx
-        ]  # BRX jump-table entries
-        lead = {0} | {idx[o] for o in labels.values() if o in idx}
-        lead |= {
-            n + 1
-            for n, i in enumerate(insns)
-            if i.base in ("BRA", "EXIT", "RET", "BRX", "CALL", "JMP") and n + 1 < len(insns)
+    Attributes:
+        instructions: All of them, in order.
+        live: Those that control flow reaches.
+        spans: First and one past the last instruction of each basic block.
+        loops: Blocks of each loop that does work, by the block of its head.
+    """
+
+    def __init__(self, instructions: list[Instruction], labels: Mapping[str, int]):
+        self.instructions = instructions
+        self._index = {i.offset: n for n, i in enumerate(instructions)}
+        self.spans = self._spans(labels)
+        self._block_at = {first: k for k, (first, _) in enumerate(self.spans)}
+        self._successors = [self._next(first, last, labels) for first, last in self.spans]
+        order, reached = self._postorder()
+        self._number = {v: n for n, v in enumerate(reversed(order))}
+        self.live = [i for k in sorted(reached) for i in self.block(k)]
+        self.loops = {
+            h: body for h, body in self._natural_loops(order).items() if self._works(body)
         }
-        lead = sorted(lead)
-        s.bb = list(zip(lead, lead[1:] + [len(insns)]))
-        s.of = {a: k for k, (a, _) in enumerate(s.bb)}
-        s.succ = []
-        for a, b in s.bb:
-            t = insns[b - 1]
-            n = [s.of[idx[t.target]]] if t.target in idx else []
-            if t.base == "BRX":
-                n += [
-                    s.of[idx[o]]
-                    for o in [labels[x] for x in re.findall(r"\.L_x_\w+", t.args)] or orphans
-                ]
-            if (not s.always(t) or t.base not in ("BRA", "EXIT", "RET", "BRX", "JMP")) and b < len(
-                insns
-            ):
-                n.append(s.of[b])
-            s.succ.append(n)
-        s.find_loops()
+        self._ahead: dict[int, set[int]] = {}  # loops that forward edges lead to
+        for v in order:
+            onward = [w for w in self._successors[v] if self._number[w] > self._number[v]]
+            own = {v} & set(self.loops)
+            self._ahead[v] = own.union(*(self._ahead[w] for w in onward))
 
-    def always(s, t):
-        return not t.pred and not re.match(r"!?U?P\d", t.args)
+    def block(self, k: int) -> list[Instruction]:
+        """Instructions of a basic block."""
+        first, last = self.spans[k]
+        return self.instructions[first:last]
 
-    def find_loops(s):
-        order, seen, stack, pre = [], {0}, [(0, iter(s.succ[0]))], collections.defaultdict(list)
+    def _spans(self, labels: Mapping[str, int]) -> list[tuple[int, int]]:
+        count = len(self.instructions)
+        starts = {0} | {self._index[o] for o in labels.values() if o in self._index}
+        for n, i in enumerate(self.instructions):
+            if i.base in _ENDS and n + 1 < count:
+                starts.add(n + 1)
+        ordered = sorted(starts)
+        return list(zip(ordered, [*ordered[1:], count], strict=True))
+
+    def _next(self, first: int, last: int, labels: Mapping[str, int]) -> list[int]:
+        """Blocks that may follow one."""
+        end = self.instructions[last - 1]
+        found = []
+        if end.target in self._index:
+            found.append(self._block_at[self._index[end.target]])
+        if end.base == "BRX":  # a jump table: its labels, or all that nothing else jumps to
+            named = [labels[x] for x in re.findall(r"\.L_x_\w+", end.operands)]
+            targets = {i.target for i in self.instructions}
+            orphans = [o for o in labels.values() if o not in targets and o in self._index]
+            found += [self._block_at[self._index[o]] for o in named or orphans]
+        falls = not _always(end) or end.base not in _LEAVES
+        if falls and last < len(self.instructions):
+            found.append(self._block_at[last])
+        return found
+
+    def _postorder(self) -> tuple[list[int], set[int]]:
+        order: list[int] = []
+        seen = {0}
+        stack = [(0, iter(self._successors[0]))]
         while stack:
             for w in stack[-1][1]:
                 if w not in seen:
                     seen.add(w)
-                    stack.append((w, iter(s.succ[w])))
+                    stack.append((w, iter(self._successors[w])))
                     break
             else:
                 order.append(stack.pop()[0])
-        rpo = order[::-1]
-        num = {v: n for n, v in enumerate(rpo)}
-        idom, changed = {0: 0}, True
-        for v in rpo:
-            for w in s.succ[v]:
-                pre[w].append(v)
+        return order, seen
 
-        def meet(a, b):
+    def _dominators(self, order: list[int], before: Mapping[int, list[int]]) -> dict[int, int]:
+        """Immediate dominators (Cooper, Harvey, Kennedy 2001)."""
+        number = self._number
+        dominator = {0: 0}
+
+        def meet(a: int, b: int) -> int:
             while a != b:
-                while num[a] > num[b]:
-                    a = idom[a]
-                while num[b] > num[a]:
-                    b = idom[b]
+                while number[a] > number[b]:
+                    a = dominator[a]
+                while number[b] > number[a]:
+                    b = dominator[b]
             return a
 
+        changed = True
         while changed:
             changed = False
-            for v in rpo[1:]:
-                d = functools.reduce(meet, [p for p in pre[v] if p in idom])
-                if idom.get(v) != d:
-                    idom[v] = d
+            for v in list(reversed(order))[1:]:
+                found = functools.reduce(meet, [p for p in before[v] if p in dominator])
+                if dominator.get(v) != found:
+                    dominator[v] = found
                     changed = True
-        s.loops, s.live = {}, [i for k in sorted(seen) for i in s.block(k)]
-        for u in rpo:
-            for h in s.succ[u]:
+        return dominator
+
+    def _natural_loops(self, order: list[int]) -> dict[int, set[int]]:
+        """Blocks of each loop, by the block of its head."""
+        before: dict[int, list[int]] = defaultdict(list)
+        for v in reversed(order):
+            for w in self._successors[v]:
+                before[w].append(v)
+        dominator = self._dominators(order, before)
+        loops: dict[int, set[int]] = {}
+        for u in reversed(order):
+            for head in self._successors[u]:
                 x = u
-                while x != h and x != idom[x]:
-                    x = idom[x]
-                if x != h:
-                    continue  # not a back edge: h does not dominate u
-                body, todo = s.loops.setdefault(h, {h}), [u]
+                while x not in (head, dominator[x]):
+                    x = dominator[x]
+                if x != head:  # the head does not dominate u: not a back edge
+                    continue
+                body = loops.setdefault(head, {head})
+                todo = [u]
                 while todo:
                     y = todo.pop()
                     if y not in body:
                         body.add(y)
-                        todo += pre[y]
-        s.real = {}
-        for h, b in s.loops.items():  # worth a report: does real work and is not a spin lock
-            kinds = [i.kind for k in b for i in s.block(k)]
-            if len(kinds) > 40 or HEAVY & set(kinds) and "atom" not in kinds:
-                s.real[h] = b
-        s.reach = {}  # real loop headers reachable through forward edges
-        for v in order:
-            s.reach[v] = {v} & set(s.real) | set().union(
-                *(s.reach[w] for w in s.succ[v] if num[w] > num[v])
-            )
+                        todo += before[y]
+        return loops
 
-    def block(s, k):
-        return s.insns[s.bb[k][0] : s.bb[k][1]]
+    def _works(self, body: set[int]) -> bool:
+        """Whether a loop does more than wait for a lock."""
+        kinds = [i.kind for k in body for i in self.block(k)]
+        return len(kinds) > 40 or (bool(HEAVY & set(kinds)) and "atomic" not in kinds)
 
-    def walk(s, body, start, skip):
-        """fall-through path as [(insn, elected-thread region)]; body=None: straight code with the loops in `skip` left out."""
-        path, k, until, seen = [], start, -1, set()
-        flat = body and any(
-            i.kind in MMA for x in body - set().union(*skip.values()) for i in s.block(x)
-        )
-        while k is not None and k not in seen:
-            seen.add(k)
+    def walk(self, body: set[int] | None, start: int, skip: Mapping[int, set[int]]) -> Path:
+        """The fall-through path through a loop's body, or past all loops.
+
+        Args:
+            body: The loop's blocks; None walks the straight code.
+            start: The first block.
+            skip: Loops to leave out, by their heads.
+        """
+        return _Walk(self, body, start, skip).path
+
+
+class _Walk:
+    """One walk: from block to block until it leaves its region or returns to where it was."""
+
+    def __init__(self, code: Code, body: set[int] | None, start: int, skip: Mapping[int, set[int]]):
+        self.code, self.body, self.start, self.skip = code, body, start, skip
+        self.path: Path = []
+        self.seen: set[int] = set()
+        self.elected_until = -1
+        outer = (body or set()) - set().union(*skip.values())
+        self.own_product = any(i.kind in TENSOR for k in outer for i in code.block(k))
+        k: int | None = start
+        while k is not None and k not in self.seen:
+            self.seen.add(k)
             if k in skip and (body is None or k != start):
-                outs = [w for x in skip[k] for w in s.succ[x] if w not in skip[k] and w not in seen]
-                k = min(outs, key=lambda w: s.bb[w][0]) if outs else None
-                continue
-            ins = s.block(k)
-            path += [(i, i.off < until) for i in ins]
-            t = ins[-1]
-            nxt, tgt = s.of.get(s.bb[k][1]), s.of.get(s.idx.get(t.target, -1))
+                k = self._past(k)
+            else:
+                k = self._through(k)
 
-            def ok(x):
-                return x is not None and (body is None or x in body)
+    def _inside(self, k: int | None) -> bool:
+        return k is not None and (self.body is None or k in self.body)
 
-            if t.base in ("EXIT", "RET") and not t.pred:
-                break
-            if t.base in ("BRA", "JMP") and tgt is not None:
-                more = (
-                    body is None
-                    and t.target > t.off
-                    and nxt is not None
-                    and s.reach[tgt] - seen > s.reach[nxt] - seen
-                )
-                if s.always(t) or not ok(nxt) or more:
-                    k = tgt if ok(tgt) else None
-                    continue
-                kinds, near = (
-                    {x.kind for x in s.insns[s.bb[k][1] : s.idx[t.target]]},
-                    t.off < t.target < t.off + 6400,
-                )
-                if flat and ok(tgt) and kinds & {"stg", "tmast"} and not kinds & MMA:
-                    k = tgt
-                    continue  # epilogue of a persistent loop
-                if near and kinds & {"utc", "utcbar", "tma", "tmast"}:
-                    until = max(until, t.target)  # MMA/TMA issue: one elected thread
-            k = nxt if ok(nxt) else None
-        return path
+    def _past(self, head: int) -> int | None:
+        """The first block after a loop that is left out."""
+        loop = self.skip[head]
+        exits = [
+            w
+            for x in loop
+            for w in self.code._successors[x]
+            if w not in loop and w not in self.seen
+        ]
+        return min(exits, key=lambda w: self.code.spans[w][0]) if exits else None
+
+    def _through(self, k: int) -> int | None:
+        """Takes a block in, and gives the one to go on with."""
+        code = self.code
+        first, last = code.spans[k]
+        instructions = code.block(k)
+        self.path += [(i, i.offset < self.elected_until) for i in instructions]
+        end = instructions[-1]
+        following = code._block_at.get(last)
+        target = code._block_at.get(code._index.get(end.target, -1))
+        if end.base in ("EXIT", "RET") and not end.predicate:
+            return None
+        if end.base in ("BRA", "JMP") and target is not None:
+            if self._jumps(end, following, target):
+                return target if self._inside(target) else None
+            between = {i.kind for i in code.instructions[last : code._index[end.target]]}
+            stores = between & {"store", "tma store"} and not between & TENSOR
+            if self.body and self.own_product and self._inside(target) and stores:
+                return target  # the epilogue of a persistent loop
+            near = end.offset < end.target < end.offset + 6400
+            if near and between & _ELECTED:
+                self.elected_until = max(self.elected_until, end.target)
+        return following if self._inside(following) else None
+
+    def _jumps(self, end: Instruction, following: int | None, target: int) -> bool:
+        """Whether the path takes a branch rather than fall through it."""
+        if _always(end) or not self._inside(following):
+            return True
+        if self.body is not None or following is None or end.target <= end.offset:
+            return False
+        code = self.code
+        return code._ahead[target] - self.seen > code._ahead[following] - self.seen

@@ -1,171 +1,287 @@
-"""In-order issue of all resident warps of one SM sub-partition."""
+"""In-order issue of all resident warps of one SM sub-partition, as the control bits allow it."""
 
-import collections
 import math
 import re
-import types
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from .gpus import LAT
+from .control_flow import Path
+from .gpus import LATENCY
 
-QUEUE = {
+# Backlog in clocks that a pipe takes on before issue to it blocks.
+_QUEUE = {
     "fma": 0,
     "alu": 0,
     "imad": 2,
-    "xu": 8,
+    "special": 8,
     "lsu": 40,
     "l2": 4000,
     "tensor": 0,
     "tmem": 40,
-    "udp": 4,
-    "fp64": 0,
-}  # backlog (cycles) before issue blocks
+    "uniform": 4,
+    "float64": 0,
+}
+_NEVER = math.inf
 
 
-def simulate(path, ctas, wpc, iters, lat_g, stages=2, ws=False):
-    """ctas x wpc warps run `path` iters times on one SMSP -> (steady cycles per iteration, total cycles)."""
-    tr = [x for x in path if x[0].kind != "off"]
-    if not tr:
+@dataclass
+class _Block:
+    """What the warps of one block share."""
+
+    commits: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    copies: list[float] = field(default_factory=list)
+    held: list["_Warp"] = field(default_factory=list)
+    products_end: float = 0.0
+
+
+@dataclass(eq=False)
+class _Warp:
+    block: _Block
+    lead: bool
+    at: int = 0
+    turn: int = 0
+    ready: float = 0.0
+    scoreboards: list[list[float]] = field(default_factory=lambda: [[] for _ in range(6)])
+    copied: float = 0.0
+    product_groups: list[float] = field(default_factory=list)
+    product_end: float = 0.0
+    earliest: float | None = None
+    waits: int = 0
+    held: bool = False
+    done: bool = False
+
+
+def _drain(pending: Sequence[float], allowed: int, earliest: float) -> tuple[float, list[float]]:
+    """When at most ``allowed`` of the groups are pending, and those that are."""
+    ordered = sorted(pending)
+    if len(ordered) <= allowed:
+        return earliest, ordered
+    return max(earliest, ordered[len(ordered) - allowed - 1]), ordered[len(ordered) - allowed :]
+
+
+def simulate(
+    path: Path,
+    blocks: int,
+    warps_a_block: int,
+    turns: int,
+    memory_latency: int,
+    stages: int = 2,
+    specialised: bool = False,
+) -> tuple[float, float]:
+    """Runs warps through a path several times.
+
+    Args:
+        path: Instructions, and whether one elected thread issues each.
+        blocks: Resident on the sub-partition.
+        warps_a_block: On the sub-partition.
+        turns: How often each warp runs the path.
+        memory_latency: Clocks of a global load.
+        stages: Of the software pipeline, which hides TMA copies.
+        specialised: Whether warps have different roles; waits between them are then left out.
+
+    Returns:
+        Clocks of a turn once they repeat, and of all turns.
+    """
+    trace = [step for step in path if step[0].kind != "off"]
+    if not trace:
         return 0.0, 0.0
+    run = _Simulation(trace, blocks, warps_a_block, turns, memory_latency, stages, specialised)
+    run.run()
+    first = min(2, turns - 1)
+    last = run.ends[-1]
+    steady = (last - run.ends[first - 1]) / (turns - first) if first else last
+    return steady, last
 
-    def reg(n):
-        return (re.search(r"\[(U?R\d+)", tr[n][0].args) or ["", ""])[1]
 
-    def pick(kind):
-        return [n for n, (i, _) in enumerate(tr) if i.kind == kind]
+class _Simulation:
+    def __init__(
+        self,
+        trace: Path,
+        blocks: int,
+        warps_a_block: int,
+        turns: int,
+        memory_latency: int,
+        stages: int,
+        specialised: bool,
+    ):
+        self.trace = trace
+        self.warps_a_block = warps_a_block
+        self.turns = turns
+        self.memory_latency = memory_latency
+        self.stages = stages
+        self.specialised = specialised
+        self.free = dict.fromkeys(_QUEUE, 0.0)
+        self.slot = 0.0
+        self.last = -1
+        self.ends = [0.0] * turns
+        self.copies = sum(i.kind == "tma load" for i, _ in trace)
+        self.partner = self._partners()
+        self.warps = []
+        for _ in range(blocks):
+            block = _Block()
+            self.warps += [_Warp(block, lead=k == 0) for k in range(warps_a_block)]
 
-    commits, waits, ntma, pair = set(pick("utcbar")), pick("trywait"), len(pick("tma")), {}
-    for w in waits:  # mbarrier wait <-> tcgen05 commit with the same register ...
-        c = [x for x in commits if reg(x) == reg(w)]
-        if c:
-            pair[w] = max([x for x in c if x < w] or c)
-            commits -= set(c)
-    for c in sorted(commits):  # ... else the next unmatched wait in cyclic program order
-        u = [w for w in waits if w not in pair]
-        if u:
-            pair[min(u, key=lambda w: (w - c) % len(tr))] = c
-    free, slot, last, warps, end = dict.fromkeys(QUEUE, 0.0), 0.0, -1, [], [0.0] * iters
-    for _ in range(ctas):
-        st = {"commit": collections.defaultdict(list), "tma": [], "held": [], "utc": 0.0}
-        for k in range(wpc):
-            warps.append(
-                types.SimpleNamespace(
-                    pc=0,
-                    it=0,
-                    ready=0.0,
-                    bars=[[] for _ in range(6)],
-                    cp=0.0,
-                    gm=[],
-                    gcur=0.0,
-                    cta=st,
-                    lead=k == 0,
-                    dep=None,
-                    tw=0,
-                    hold=False,
-                )
-            )
+    def _partners(self) -> dict[int, int]:
+        """The tcgen05 commit of each mbarrier wait: of the same register, else next in order."""
 
-    def skip(w):
-        while w.pc < len(tr) and tr[w.pc][1] and not w.lead:
-            w.pc += 1
+        def register(n: int) -> str:
+            match = re.search(r"\[(U?R\d+)", self.trace[n][0].operands)
+            return match[1] if match else ""
 
-    def drain(q, n, e):  # wait until at most n of the outstanding groups q are pending
-        q = sorted(q)
-        return (max(e, q[len(q) - n - 1]), q[len(q) - n :]) if len(q) > n else (e, q)
+        places = range(len(self.trace))
+        commits = {n for n in places if self.trace[n][0].kind == "tcgen05 commit"}
+        waits = [n for n in places if self.trace[n][0].kind == "mbarrier wait"]
+        partner: dict[int, int] = {}
+        for wait in waits:
+            same = [c for c in commits if register(c) == register(wait)]
+            if same:
+                partner[wait] = max([c for c in same if c < wait] or same)
+                commits -= set(same)
+        for commit in sorted(commits):
+            left = [w for w in waits if w not in partner]
+            if left:
+                nearest = min(left, key=lambda w: (w - commit) % len(self.trace))
+                partner[nearest] = commit
+        return partner
 
-    def dep(w):  # earliest issue allowed by the warp's own dependences
-        i, e = tr[w.pc][0], w.ready
+    def run(self) -> None:
+        """Issues one instruction after another until every warp is done."""
+        for warp in self.warps:
+            self._skip(warp)
+        running = len(self.warps)
+        while running:
+            best, chosen = _NEVER, -1
+            for n, warp in enumerate(self.warps):
+                if warp.done or warp.held:
+                    continue
+                earliest = self._earliest(warp)
+                if earliest == _NEVER:
+                    continue
+                if earliest < best or (earliest == best and n == self.last):
+                    best, chosen = earliest, n
+            if chosen < 0:  # an unmatched barrier: no further progress can be modelled
+                return
+            self._issue(self.warps[chosen], best)
+            self.last = chosen
+            running -= self.warps[chosen].done
+
+    def _skip(self, warp: _Warp) -> None:
+        """Passes over what another warp's elected thread issues."""
+        while warp.at < len(self.trace) and self.trace[warp.at][1] and not warp.lead:
+            warp.at += 1
+
+    def _earliest(self, warp: _Warp) -> float:
+        """When the warp's next instruction may issue."""
+        if warp.earliest is None:
+            warp.earliest = self._dependences(warp)
+        if warp.earliest == _NEVER:
+            warp.earliest = None
+            return _NEVER
+        i = self.trace[warp.at][0]
+        earliest = max(warp.earliest, self.slot)
+        patience = 9999 if i.kind in ("wgmma", "tcgen05") else 0
+        for pipe in i.pipes:
+            earliest = max(earliest, self.free[pipe] - max(patience, _QUEUE[pipe]))
+        return earliest
+
+    def _dependences(self, warp: _Warp) -> float:
+        """When what the instruction waits for is there."""
+        i = self.trace[warp.at][0]
+        earliest = warp.ready
         for k in range(6):
-            if i.wait >> k & 1 and w.bars[k]:
-                e = max(e, *w.bars[k])
-                w.bars[k] = []
-        if i.base == "DEPBAR" and (m := re.match(r"SB(\d), (0x[0-9a-f]+)", i.args)):
-            e, w.bars[int(m[1])] = drain(w.bars[int(m[1])], int(m[2], 16), e)
-        elif i.base == "WARPGROUP" and "DEPBAR" in i.mods:
-            e, w.gm = drain(w.gm, int(i.args.split(",")[-1], 16), e)
-        elif i.kind == "trywait" and not ws:
-            if w.pc in pair:
-                c = pair[w.pc]
-                need = w.it + (c < w.pc)
-                if need > len(w.cta["commit"][c]):
-                    return math.inf
-                if need:
-                    e = max(e, w.cta["commit"][c][need - 1])
-            elif ntma:  # TMA prefetched stages-1 iterations ahead, FIFO
-                n = w.tw - (stages - 1) * ntma if iters > 1 else w.tw
-                if 0 <= n < len(w.cta["tma"]):
-                    e = max(e, w.cta["tma"][n])
-        return e
+            if i.waits >> k & 1 and warp.scoreboards[k]:
+                earliest = max(earliest, *warp.scoreboards[k])
+                warp.scoreboards[k] = []
+        match = re.match(r"SB(\d), (0x[0-9a-f]+)", i.operands) if i.base == "DEPBAR" else None
+        if match:
+            k = int(match[1])
+            earliest, warp.scoreboards[k] = _drain(warp.scoreboards[k], int(match[2], 16), earliest)
+        elif i.base == "WARPGROUP" and "DEPBAR" in i.modifiers:
+            allowed = int(i.operands.split(",")[-1], 16)
+            earliest, warp.product_groups = _drain(warp.product_groups, allowed, earliest)
+        elif i.kind == "mbarrier wait" and not self.specialised:
+            earliest = self._barrier(warp, earliest)
+        return earliest
 
-    live = len(list(map(skip, warps)))
-    while live:
-        best, w = math.inf, None
-        for n, x in enumerate(warps):
-            if x.pc < 0 or x.hold:
-                continue
-            if x.dep is None:
-                x.dep = dep(x)
-            if x.dep == math.inf:
-                x.dep = None
-                continue
-            i = tr[x.pc][0]
-            e = max(x.dep, slot)
-            far = 9999 if i.kind in ("hgmma", "utc") else 0
-            for p in i.pipes:
-                e = max(e, free[p] - max(far, QUEUE[p]))
-            if e < best or (e == best and n == last):
-                best, w, bn = e, x, n
-        if w is None:
-            break  # unmatched mbarrier: no further progress can be modelled
-        t = best
-        i = tr[w.pc][0]
-        done = read = t
-        slot, last, w.dep = t + 1, bn, None
-        if not i.cta or w.lead:
-            for p, c in i.pipes.items():
-                s = max(t, free[p])
-                free[p] = s + c
-                done = max(done, s + c)
-                if p == "lsu" and i.kind != "utc":
-                    read = max(read, s + c)
-        fin = done + (lat_g if i.kind in ("ldg", "atom", "ldgsts") else i.lat)
-        if i.kind == "ldgsts":
-            w.cp = max(w.cp, fin)
+    def _barrier(self, warp: _Warp, earliest: float) -> float:
+        """When an mbarrier's phase ends: that of a product's commit, or of a TMA copy."""
+        if warp.at in self.partner:
+            commit = self.partner[warp.at]
+            needed = warp.turn + (commit < warp.at)
+            done = warp.block.commits[commit]
+            if needed > len(done):
+                return _NEVER
+            return max(earliest, done[needed - 1]) if needed else earliest
+        if self.copies:  # fetched stages - 1 turns ahead, first in, first out
+            ahead = (self.stages - 1) * self.copies if self.turns > 1 else 0
+            n = warp.waits - ahead
+            if 0 <= n < len(warp.block.copies):
+                return max(earliest, warp.block.copies[n])
+        return earliest
+
+    def _issue(self, warp: _Warp, now: float) -> None:
+        i = self.trace[warp.at][0]
+        done = read = now
+        self.slot = now + 1
+        warp.earliest = None
+        if not i.once_a_block or warp.lead:
+            for pipe, clocks in i.pipes.items():
+                start = max(now, self.free[pipe])
+                self.free[pipe] = start + clocks
+                done = max(done, start + clocks)
+                if pipe == "lsu" and i.kind != "tcgen05":
+                    read = max(read, start + clocks)
+        from_memory = i.kind in ("load", "atomic", "copy")
+        finished = done + (self.memory_latency if from_memory else i.latency)
+        self._note(warp, now, finished)
+        if i.write_barrier < 6:
+            warp.scoreboards[i.write_barrier].append(finished)
+        if i.read_barrier < 6:
+            warp.scoreboards[i.read_barrier].append(read + 8)
+        warp.ready = now + max(1, i.stall)
+        warp.at += 1
+        if i.base == "BAR" and "SYNC" in i.modifiers and not self.specialised:
+            self._synchronise(warp, now)
+        self._skip(warp)
+        if warp.at >= len(self.trace):
+            single = self.turns == 1 and i.kind != "control"
+            self.ends[warp.turn] = max(self.ends[warp.turn], finished if single else now)
+            warp.turn += 1
+            warp.at = 0
+            self._skip(warp)
+            warp.done = warp.turn == self.turns
+
+    def _note(self, warp: _Warp, now: float, finished: float) -> None:
+        """Records what later waits will ask for."""
+        i = self.trace[warp.at][0]
+        block = warp.block
+        if i.kind == "copy":
+            warp.copied = max(warp.copied, finished)
         elif i.base == "LDGDEPBAR":
-            w.bars[0].append(w.cp)
-        elif i.kind == "hgmma":
-            w.gcur = max(w.gcur, fin)
-            if "gsb0" in i.args:
-                w.gm.append(w.gcur)
-        elif i.kind == "trywait":
-            w.tw += w.pc not in pair
-        elif w.lead and i.kind == "utc":
-            w.cta["utc"] = fin
-        elif w.lead and i.kind == "utcbar":
-            w.cta["commit"][w.pc].append(max(t, w.cta["utc"]))
-        elif w.lead and i.kind == "tma":
-            w.cta["tma"].append(t + lat_g)
-        if i.wb < 6:
-            w.bars[i.wb].append(fin)
-        if i.rb < 6:
-            w.bars[i.rb].append(read + 8)  # operands read, result not needed
-        w.ready = t + max(1, i.stall)
-        w.pc += 1
-        if i.base == "BAR" and "SYNC" in i.mods and not ws:
-            held = w.cta["held"]
-            held.append(w)
-            w.hold = True
-            if len(held) == wpc:
-                for x in held:
-                    x.ready, x.dep, x.hold = max(x.ready, t + LAT["bar"]), None, False
-                held.clear()
-        skip(w)
-        if w.pc >= len(tr):
-            end[w.it] = max(end[w.it], fin if iters == 1 and i.kind != "ctrl" else t)
-            w.it += 1
-            w.pc = 0
-            skip(w)
-            if w.it == iters:
-                w.pc = -1
-                live -= 1
-    k = min(2, iters - 1)
-    return ((end[-1] - end[k - 1]) / (iters - k) if k else end[-1]), end[-1]
+            warp.scoreboards[0].append(warp.copied)
+        elif i.kind == "wgmma":
+            warp.product_end = max(warp.product_end, finished)
+            if "gsb0" in i.operands:
+                warp.product_groups.append(warp.product_end)
+        elif i.kind == "mbarrier wait":
+            warp.waits += warp.at not in self.partner
+        elif warp.lead and i.kind == "tcgen05":
+            block.products_end = finished
+        elif warp.lead and i.kind == "tcgen05 commit":
+            block.commits[warp.at].append(max(now, block.products_end))
+        elif warp.lead and i.kind == "tma load":
+            block.copies.append(now + self.memory_latency)
+
+    def _synchronise(self, warp: _Warp, now: float) -> None:
+        """Holds the warp until all of its block are at the barrier."""
+        held = warp.block.held
+        held.append(warp)
+        warp.held = True
+        if len(held) < self.warps_a_block:
+            return
+        for other in held:
+            other.ready = max(other.ready, now + LATENCY["barrier"])
+            other.earliest = None
+            other.held = False
+        held.clear()
