@@ -7,7 +7,8 @@ from pathlib import Path
 from fastlm.kernels import OPS
 
 from .report import html
-from .static import ALL_TARGETS, TARGETS, static_report, table
+from .static import ALL_TARGETS, TARGETS, static_report
+from .table import static_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if training:
         report["training"] = training
-    print(table(report))
+    print(static_table(report))
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1))
     if args.html:

@@ -34,7 +34,7 @@ def _out_of_time(signum: int, frame: Any) -> None:
 def _compile_one(launch: Launch, arch: int, seconds: float) -> Any:
     """The compiled kernel, or why there is none; ptxas is killed at the limit."""
     before = signal.signal(signal.SIGALRM, _out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, should something swallow it
     try:
         return launch.compile(arch)
     except TimeoutError:

@@ -13,7 +13,8 @@ from triton.runtime.cache import get_cache_manager
 from . import sass
 from .capture import Launch
 from .sass import LoopReport, Report, analyse, predict, traffic_bytes
-from .ttir import parse, trip_counts
+from .ttir import parse
+from .turns import trip_counts
 
 ASSUMPTIONS = (
     "the GPU runs the kernel alone at its nominal clock; launch cost is left out",
@@ -89,7 +90,7 @@ def _mean_turns(launch: Launch, ttir: str) -> tuple[list[float], list[str]]:
     ]
     arguments = {**launch.arguments, **launch.meta}
     counts = [trip_counts(kernel, arguments, grid, program) for program in programs]
-    leaves = [not any(x.loop for r in s.regions for x in _nested(r)) for s in _loops(kernel)]
+    leaves = [not any(x.loop for x in s.nested()) for s in kernel.loops()]
     turns, notes = [], []
     for i, leaf in enumerate(leaves):
         if not leaf:
@@ -99,19 +100,6 @@ def _mean_turns(launch: Launch, ttir: str) -> tuple[list[float], list[str]]:
             notes.append("a loop's count hangs on data: one turn assumed")
         turns.append(sum(known) / len(known) if known else 1.0)
     return turns, notes
-
-
-def _loops(kernel: Any) -> list[Any]:
-    return [s for s in kernel.walk() if s.loop]
-
-
-def _nested(body: list[Any]) -> list[Any]:
-    found = []
-    for statement in body:
-        found.append(statement)
-        for region in statement.regions:
-            found += _nested(region)
-    return found
 
 
 def _match(report: Report, turns: list[float]) -> tuple[dict[str, float], list[str]]:

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from .addresses import narrow_products
 from .capture import LIMITS, Launch
 from .machine_code import MachineCode
 from .sass import Report
-from .ttir import Function, dots, exponentials, memory_tiles, narrow_products, parse
+from .ttir import Function, dots, exponentials, memory_tiles, parse
 
 _HALF = ("f16", "bf16")
 

@@ -1,6 +1,5 @@
 """The static report: every kernel's machine code and modelled time, on a machine with no GPU."""
 
-import math
 import platform
 import subprocess
 import sys
@@ -109,11 +108,6 @@ def _row(case: Case, arch: int, result: Compiled | Failure) -> dict[str, Any]:
     return row
 
 
-def k_index(launch: Any, name: str) -> int:
-    """Position of a parameter."""
-    return launch.kernel.arg_names.index(name)
-
-
 def _calls(
     rows: Iterable[dict[str, Any]], works: dict[Any, tuple[int, int]]
 ) -> list[dict[str, Any]]:
@@ -218,122 +212,3 @@ def static_report(
         "calls": _calls(rows, works),
         "rows": rows,
     }
-
-
-# --- the table ----------------------------------------------------------------------------------
-
-
-def _widths(row: dict[str, Any]) -> str:
-    """Global accesses in short: ``ld 6x128 st 2x128``."""
-    short = {"load": "ld", "store": "st", "copy": "cp", "tma": "tma"}
-    parts = []
-    for kind, widths in row["accesses"].items():
-        counts = "+".join(
-            f"{n}x{w}" if w else f"{n}" for w, n in sorted(widths.items(), reverse=True)
-        )
-        parts.append(f"{short[kind]} {counts}")
-    return " ".join(parts)
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def table(report: dict[str, Any], limit_cases: int = 1) -> str:
-    """The report as text: every kernel at one typical size an op (the rest is in the JSON)."""
-    lines = [report["notice"], ""]
-    env = report["environment"]
-    lines.append(
-        f"fastlm {env['fastlm']} ({env['commit']}), torch {env['torch']}, triton {env['triton']}"
-    )
-    header = (
-        "kernel",
-        "target",
-        "regs",
-        "spill",
-        "shared",
-        "occ",
-        "tensor",
-        "global accesses",
-        "f64",
-        "bar",
-        "modelled us",
-    )
-    for op in dict.fromkeys(row["op"] for row in report["rows"]):
-        cases = list(dict.fromkeys(r["case"] for r in report["rows"] if r["op"] == op))
-        middle = len(cases) // 2
-        for case in cases[middle : middle + limit_cases]:
-            lines += ["", f"{op}  {case}"]
-            body = [header]
-            for row in report["rows"]:
-                if (row["op"], row["case"]) == (op, case):
-                    body.append(_cells(row))
-            lines += _columns(body)
-            for call in report["calls"]:
-                if (call["op"], call["case"]) == (op, case):
-                    lines.append(_sentence(call))
-    failed = [
-        f"{r['op']} {r['case']} {r['kernel']} {r['target']}: {t}"
-        for r in report["rows"]
-        for t in r.get("refusals", [r.get("error", "")])
-    ]
-    lines += ["", "Refused by the rules: " + (f"{len(failed)}" if failed else "none")]
-    lines += [f"  {text}" for text in failed[:20]]
-    lines += ["", "Assumptions of the model:"]
-    lines += [f"  {text}" for text in report["assumptions"]]
-    lines.append("  parts: " + ", ".join(f"{t} = {p['name']}" for t, p in report["parts"].items()))
-    lines.append(
-        f"{report['distinct_kernels']} distinct kernels compiled in {report['seconds']} s, {len(report['rows'])} launches"
-    )
-    return "\n".join([*lines, "", report["notice"]])
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    if "error" in row:
-        return (row["kernel"], row["target"], row["error"], *[""] * 8)
-    low, middle, high = row["modelled"]["microseconds"]
-    tensor = "+".join(f"{n} {name}" for name, n in row["tensor"].items()) or "-"
-    return (
-        row["kernel"],
-        row["target"],
-        str(row["registers"]),
-        str(row["spills"]),
-        str(row["shared"]),
-        f"{row['occupancy']:.0%}",
-        tensor,
-        _widths(row),
-        str(row["float64"]),
-        str(row["barriers"]),
-        f"{_number(middle)} [{_number(low)}, {_number(high)}]",
-    )
-
-
-def _columns(body: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
-    numeric = {2, 3, 4, 5, 8, 9}
-    return [
-        "  "
-        + "  ".join(
-            cell.rjust(w) if i in numeric else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in body
-    ]
-
-
-def _sentence(call: dict[str, Any]) -> str:
-    text = f"  {call['target']} {call['pass']}: modelled {_number(call['microseconds'][1])} us in {call['launches']} launch{'es' * (call['launches'] > 1)}"
-    if "least_bytes" in call and call["roofline_share"]:
-        text += (
-            f"; {human(call['bytes'])}B moved, {human(call['least_bytes'])}B needed, "
-            f"{call['roofline_share']:.0%} of the roofline"
-        )
-    return text
-
-
-def human(value: float) -> str:
-    """A number with a decimal prefix: ``"134 M"``."""
-    if value <= 0:
-        return "0 "
-    power = min(4, int(math.log(value, 1000)))
-    return f"{value / 1000**power:.3g} {'_kMGT'[power].strip('_')}"

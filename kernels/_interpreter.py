@@ -224,7 +224,7 @@ def _mend_atomics() -> None:
         if not _is_bf16(value):
             return stock_rmw(self, op, ptr, value, mask, sem, scope)
         kinds = interpreter._ir.ATOMIC_OP
-        combine = {kinds.FADD: np.add, kinds.XCHG: lambda old, new: new}[op]
+        combine: Any = {kinds.FADD: np.add, kinds.XCHG: lambda old, new: new}[op]
         shape = np.broadcast_shapes(ptr.data.shape, value.data.shape, mask.data.shape)
         pointers, values, wanted = (
             np.array(np.broadcast_to(t.data, shape)).reshape(-1) for t in (ptr, value, mask)

@@ -199,7 +199,8 @@ def test_a_product_off_the_newest_tensor_cores_is_refused():
         assert "tensor_cores" in rules_of(good)
 
 
-def test_a_compilation_that_takes_too_long_is_a_failure():
+def test_a_compilation_that_takes_too_long_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     with capture_launches(90) as capture:
         _slow_to_compile_kernel[(1,)](FLOATS, FLOATS, BLOCK=1024)
     (result,) = compile_all([(capture.launches[0], 90)], processes=1, seconds=0.3)

@@ -190,7 +190,7 @@ class _Walk:
     def _through(self, k: int) -> int | None:
         """Takes a block in, and gives the one to go on with."""
         code = self.code
-        first, last = code.spans[k]
+        _, last = code.spans[k]
         instructions = code.block(k)
         self.path += [(i, i.offset < self.elected_until) for i in instructions]
         end = instructions[-1]

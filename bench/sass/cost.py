@@ -59,10 +59,10 @@ HEAVY = {
 }
 
 # Worth counting by their full names in a report.
-LISTED = frozenset(
-    "MUFU UTMALDG UTMASTG UTMAREDG UBLKCP BAR DEPBAR LDGDEPBAR MEMBAR FENCE WARPGROUP SYNCS F2F "
-    "F2I I2F F2FP I2FP LDTM STTM UTCBAR".split()
-)
+LISTED = (
+    "MUFU", "UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "BAR", "DEPBAR", "LDGDEPBAR", "MEMBAR",
+    "FENCE", "WARPGROUP", "SYNCS", "F2F", "F2I", "I2F", "F2FP", "I2FP", "LDTM", "STTM", "UTCBAR",
+)  # fmt: skip
 
 _ITEMSIZE = {
     "f16": 2.0,
@@ -115,27 +115,33 @@ def classify(instructions: Iterable[Instruction], gpu: Gpu, spill_level: int = 0
             constants[match[1]] = int(match[2], 16) if match[2].startswith("0") else 0
         if i.predicate in ("@!PT", "@!UPT"):
             i.kind = "off"
-        elif re.fullmatch(r"[HIQODB]G?MMA", i.base):
-            _tensor(i, gpu)
         elif re.match(r"UTC[HQIO]MMA", i.base):
             _fifth_generation(i, gpu, constants)
-        elif i.base.startswith(_ASYNCHRONOUS):
-            _asynchronous(i, gpu)
-        elif i.base in ("LDTM", "STTM"):
-            i.kind, i.latency = "tensor memory", LATENCY["tensor memory"]
-            columns = next((int(x[1:]) for x in i.modifiers if re.fullmatch(r"x\d+", x)), 1)
-            i.pipes["tmem"] = columns * (0.5 if "16dp" in i.opcode else 1)
         elif i.base in MEMORY:
             _memory(i, gpu, spill_level)
-        elif i.base in _ARITHMETIC:
-            _arithmetic(i, gpu)
-        elif i.base.startswith("U") or i.base in ("R2UR", "LDC", "VOTEU"):
-            i.kind = "uniform"
-            i.latency = 0 if i.base.startswith("U") else LATENCY["to uniform"]
-            i.pipes["uniform"] = 2
         else:
-            i.kind = "alu"
-            i.pipes["alu"] = _warp(gpu.integer_add if i.base in _FAST_INTEGERS else gpu.logic)
+            _compute(i, gpu)
+
+
+def _compute(i: Instruction, gpu: Gpu) -> None:
+    """Everything but memory accesses and tcgen05."""
+    if re.fullmatch(r"[HIQODB]G?MMA", i.base):
+        _tensor(i, gpu)
+    elif i.base.startswith(_ASYNCHRONOUS):
+        _asynchronous(i, gpu)
+    elif i.base in ("LDTM", "STTM"):
+        i.kind, i.latency = "tensor memory", LATENCY["tensor memory"]
+        columns = next((int(x[1:]) for x in i.modifiers if re.fullmatch(r"x\d+", x)), 1)
+        i.pipes["tmem"] = columns * (0.5 if "16dp" in i.opcode else 1)
+    elif i.base in _ARITHMETIC:
+        _arithmetic(i, gpu)
+    elif i.base.startswith("U") or i.base in ("R2UR", "LDC", "VOTEU"):
+        i.kind = "uniform"
+        i.latency = 0 if i.base.startswith("U") else LATENCY["to uniform"]
+        i.pipes["uniform"] = 2
+    else:
+        i.kind = "alu"
+        i.pipes["alu"] = _warp(gpu.integer_add if i.base in _FAST_INTEGERS else gpu.logic)
 
 
 def _warp(rate: float) -> float:

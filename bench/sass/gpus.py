@@ -220,7 +220,7 @@ SOURCES = {
     "A100: 108 multiprocessors, 1410 MHz, 1024 float16 multiply-adds, L2 5120 B/clk, 2039 GB/s": (
         "NVIDIA A100 whitepaper and 80 GB datasheet"
     ),
-    "RTX 3090: 82 multiprocessors, 1695 MHz, 71 TFLOPS (float16, float32 sums), 936 GB/s, 6 MB L2": (
+    "RTX 3090: 82 multiprocessors, 1695 MHz, 71 TFLOPS (float32 sums), 936 GB/s, 6 MB L2": (
         "NVIDIA Ampere GA102 whitepaper; latencies taken over from the A100, no row was validated"
     ),
     "H100: 132 multiprocessors, 1830 MHz, 989.4 TFLOPS, 228 KB, 3.35 TB/s": (

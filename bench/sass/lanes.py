@@ -66,11 +66,7 @@ class _LaneRegisters:
     def result(self, i: Instruction, operands: Sequence[str]) -> Lanes:
         """What an instruction computes from operands that follow its destination."""
         if i.base in _SPECIAL_REGISTERS:
-            if "SR_TID.X" in i.operands:
-                return list(_LANES)
-            if "SR_LANEID" in i.operands:
-                return [lane & 31 for lane in _LANES]
-            return [self.block if "SR_CTAID" in i.operands else 0] * 64
+            return self._special(i.operands)
         if i.base == "HFMA2" and list(operands[:2]) == ["-RZ", "RZ"]:  # loads a constant
             halves = struct.pack("<ee", float(operands[3]), float(operands[2]))
             return [struct.unpack("<I", halves)[0]] * 64
@@ -89,12 +85,14 @@ class _LaneRegisters:
         known = [value for value in values if value is not None]
         if len(known) < len(values):
             return None
-        compute = _INTEGER.get(i.base.removeprefix("U"))
-        if compute is None or (i.base.endswith("SHF") and "U64" in i.modifiers):
-            return None
-        if i.base.endswith("LOP3"):
-            return _logic(known, int(operands[3], 16))
-        return [compute(words, i.modifiers) & _MASK for words in zip(*known, strict=True)]
+        return _integer(i, operands, known)
+
+    def _special(self, name: str) -> list[int]:
+        if "SR_TID.X" in name:
+            return list(_LANES)
+        if "SR_LANEID" in name:
+            return [lane & 31 for lane in _LANES]
+        return [self.block if "SR_CTAID" in name else 0] * 64
 
     def execute(self, i: Instruction) -> None:
         """Runs one instruction."""
@@ -167,8 +165,17 @@ _INTEGER = {
     "LEA": _scaled_sum,
     "SHF": _shift,
     "SGXT": lambda x, modifiers: x[0] & ((1 << x[1]) - 1),
-    "LOP3": lambda x, modifiers: 0,  # computed from its truth table
 }
+
+
+def _integer(i: Instruction, operands: Sequence[str], values: Sequence[Sequence[int]]) -> Lanes:
+    """An integer instruction on values that are all known."""
+    if i.base in ("LOP3", "ULOP3"):
+        return _logic(values, int(operands[3], 16))
+    compute = _INTEGER.get(i.base.removeprefix("U"))
+    if compute is None or (compute is _shift and "U64" in i.modifiers):
+        return None
+    return [compute(words, i.modifiers) & _MASK for words in zip(*values, strict=True)]
 
 
 def _addresses(instructions: Iterable[Instruction], block: int) -> dict[int, tuple[Lanes, Lanes]]:

@@ -29,13 +29,13 @@ def predict(
     loops = [loop for loop in report.loops if turns.get(loop.name)]
     hot = report.hot_loop()
     tensor = hot is not None and hot.macs > 0
-    ceiling = gpu.ceiling.get(hot.dtype, gpu.ceiling[""]) if hot and tensor else 1
+    ceiling: float = gpu.ceiling.get(hot.dtype, gpu.ceiling[""]) if hot and tensor else 1
     memory = 0.0
     if report.streaming:
         memory = traffic_bytes(report, grid, turns) / gpu.dram_gbs / 1e3 / gpu.dram_efficiency
     times = []
     for k in range(3):
-        cycles = report.outside_cycles[k] + LATENCY["launch"] * (k > 0)
+        cycles: float = report.outside_cycles[k] + LATENCY["launch"] * (k > 0)
         cycles += sum(loop.cycles[k] * turns[loop.name] for loop in loops)
         if hot and tensor and ceiling < 1 and hot.utilisation[k] > ceiling:
             cycles *= hot.utilisation[k] / ceiling
@@ -49,7 +49,7 @@ def traffic_bytes(report: Report, grid: float, turns: Mapping[str, float]) -> fl
     """Global bytes that a launch reads and writes; what all blocks share counts once."""
     loads, stores, common = report.outside_bytes
     spilled = report.streaming.get("spill_to_dram", 0)
-    block = loads + stores + (0 if report.hot_loop() else spilled)
+    block: float = loads + stores + (0 if report.hot_loop() else spilled)
     for loop in report.loops:
         extra = spilled if loop.name == report.hot else 0
         block += (loop.load_bytes + loop.store_bytes + extra) * turns.get(loop.name, 0)

@@ -3,7 +3,7 @@
 import math
 import re
 import struct
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -149,16 +149,16 @@ def occupancy(
 # --- one path -----------------------------------------------------------------------------------
 
 
-def _demand(path: Path, warps: int) -> Counter[str]:
+def _demand(path: Path, warps: int) -> dict[str, float]:
     """Clocks of each pipe of a sub-partition for one block."""
-    demand: Counter[str] = Counter()
+    demand: dict[str, float] = defaultdict(float)
     for i, elected in path:
         if i.kind == "off":
             continue
-        share: float = 1.0 if i.once_a_block or elected else warps / 4
-        demand["issue"] += share  # type: ignore[assignment]
+        share = 1.0 if i.once_a_block or elected else warps / 4
+        demand["issue"] += share
         for pipe, clocks in i.pipes.items():
-            demand[pipe] += clocks * share  # type: ignore[assignment]
+            demand[pipe] += clocks * share
     return demand
 
 
@@ -317,9 +317,10 @@ class _Kernel:
 
     def _roles(self, leaves: list[LoopReport]) -> LoopReport:
         """Concurrent partitions: demands add up, trip counts are taken to be equal."""
-        demand: Counter[str] = Counter()
+        demand: dict[str, float] = defaultdict(float)
         for loop in leaves:
-            demand.update(loop.demand)
+            for pipe, clocks in loop.demand.items():
+                demand[pipe] += clocks
         sums = {
             name: sum(getattr(loop, name) for loop in leaves)
             for name in (

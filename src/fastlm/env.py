@@ -92,7 +92,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _as(inputs: Any, dtype: torch.dtype) -> Any:
-    """A copy of the inputs with every floating-point tensor in ``dtype``; gradients are wanted alike."""
+    """A copy of the inputs, floating-point tensors in ``dtype``, gradients wanted alike."""
 
     def copy(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -107,7 +107,7 @@ def _as(inputs: Any, dtype: torch.dtype) -> Any:
 
 def _outcome(function: Any, inputs: Any) -> list[torch.Tensor]:
     """What a call gives, changes and sends back: results, inputs, gradients."""
-    results = [t for t in _tensors(function(**inputs))]
+    results = _tensors(function(**inputs))
     differentiable = [t for t in results if t.requires_grad]
     if differentiable:
         sum(t.double().square().sum() for t in differentiable).backward()  # type: ignore[union-attr]
@@ -210,7 +210,6 @@ def run(args: argparse.Namespace) -> int:
         print()
         for r in found["selftest"]:
             verdict = "ok    " if r["passed"] else "FAILED"
-            print(
-                f"{verdict} {r['op']} on the {r['device']}, {r['dtype']}, {r['seconds']} s: {r['detail']}"
-            )
+            where = f"{r['op']} on the {r['device']}, {r['dtype']}, {r['seconds']} s"
+            print(f"{verdict} {where}: {r['detail']}")
     return int(bool(failed))

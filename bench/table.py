@@ -1,0 +1,127 @@
+"""Reports as text, for a terminal."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def digits(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def human(value: float) -> str:
+    """A number with a decimal prefix: ``"134 M"``."""
+    if value <= 0:
+        return "0 "
+    power = min(4, max(0, int(math.log(value, 1000) + 1e-9)))
+    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}"
+
+
+def columns(body: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Rows as lines of aligned columns, those in ``right`` set to the right."""
+    widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
+    lines = []
+    for line in body:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
+def accesses_in_short(row: dict[str, Any]) -> str:
+    """Global accesses of a launch: ``ld 6x128 st 2x128``, how many of how many bits."""
+    short = {"load": "ld", "store": "st", "copy": "cp", "tma": "tma"}
+    parts = []
+    for kind, widths in row["accesses"].items():
+        ordered = sorted(((int(w), n) for w, n in widths.items()), reverse=True)
+        parts.append(short[kind] + " " + "+".join(f"{n}x{w}" if w else f"{n}" for w, n in ordered))
+    return " ".join(parts)
+
+
+# --- static -------------------------------------------------------------------------------------
+
+_HEADER = (
+    "kernel",
+    "target",
+    "regs",
+    "spill",
+    "shared",
+    "occ",
+    "tensor",
+    "global accesses",
+    "f64",
+    "bar",
+    "modelled us",
+)
+
+
+def static_table(report: dict[str, Any]) -> str:
+    """A static report: every kernel at one typical size an op. The first and last line are notices."""
+    env = report["environment"]
+    lines = [report["notice"], ""]
+    versions = f"torch {env['torch']}, triton {env['triton']}"
+    lines.append(f"fastlm {env['fastlm']} ({env['commit']}), {versions}")
+    for op in dict.fromkeys(row["op"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["op"] == op]
+        cases = list(dict.fromkeys(row["case"] for row in rows))
+        case = cases[len(cases) // 2]
+        body = [_HEADER, *(_cells(row) for row in rows if row["case"] == case)]
+        lines += ["", f"{op}  {case}", *columns(body, right=(2, 3, 4, 5, 8, 9))]
+        lines += [
+            _sentence(call) for call in report["calls"] if (call["op"], call["case"]) == (op, case)
+        ]
+    return "\n".join([*lines, "", *_footer(report), "", report["notice"]])
+
+
+def _footer(report: dict[str, Any]) -> list[str]:
+    refused = [
+        f"  {row['op']} {row['case']} {row['kernel']} {row['target']}: {text}"
+        for row in report["rows"]
+        for text in row.get("refusals", [row.get("error", "")])
+    ]
+    parts = ", ".join(f"{target} = {part['name']}" for target, part in report["parts"].items())
+    return [
+        f"Refused by the rules: {len(refused) or 'none'}",
+        *refused[:20],
+        "",
+        "Assumptions of the model:",
+        *(f"  {text}" for text in report["assumptions"]),
+        f"  parts: {parts}",
+        f"{report['distinct_kernels']} distinct kernels compiled in {report['seconds']} s, "
+        f"{len(report['rows'])} launches; the table shows a typical size of each op.",
+    ]
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    if "error" in row:
+        return (row["kernel"], row["target"], *[""] * 5, row["error"][:60], *[""] * 3)
+    low, middle, high = row["modelled"]["microseconds"]
+    tensor = "+".join(f"{n} {name}" for name, n in row["tensor"].items()) or "-"
+    return (
+        row["kernel"],
+        row["target"],
+        str(row["registers"]),
+        str(row["spills"]),
+        str(row["shared"]),
+        f"{row['occupancy']:.0%}",
+        tensor,
+        accesses_in_short(row),
+        str(row["float64"]),
+        str(row["barriers"]),
+        f"{digits(middle)} [{digits(low)}, {digits(high)}]",
+    )
+
+
+def _sentence(call: dict[str, Any]) -> str:
+    launches = f"{call['launches']} launch{'es' if call['launches'] > 1 else ''}"
+    modelled = digits(call["microseconds"][1])
+    text = f"  {call['target']} {call['pass']}: modelled {modelled} us in {launches}"
+    if call.get("roofline_share"):
+        text += (
+            f"; {human(call['bytes'])}B moved, {human(call['least_bytes'])}B needed, "
+            f"{call['roofline_share']:.0%} of the roofline"
+        )
+    return text

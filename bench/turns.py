@@ -1,0 +1,168 @@
+"""How often the loops of a kernel turn, from its scalar code and the numbers it is called with."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .ttir import Function, Statement
+
+
+def trip_counts(
+    kernel: Function,
+    arguments: Mapping[str, Any],
+    programs: tuple[int, int, int],
+    program: tuple[int, int, int],
+) -> list[float | None]:
+    """How often each loop's body runs in one program, loops in the order of the text.
+
+    None where the count hangs on numbers in memory. The innermost loop of a nest counts all its
+    turns.
+    """
+    values: dict[str, int] = {}
+    for name in kernel.parameters:
+        value = arguments.get(name.lstrip("%"))
+        if isinstance(value, (bool, int)):
+            values[name] = int(value)
+    loops = kernel.loops()
+    counts: dict[int, float | None] = {id(s): 0 for s in loops}
+    _Evaluator(values, programs, program, counts).run(kernel.body)
+    return [counts[id(s)] for s in loops]
+
+
+def _quotient(a: int, b: int) -> int:
+    """Towards zero, as machines divide."""
+    if b == 0:
+        return 0
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+_ARITHMETIC: dict[str, Callable[[int, int], int]] = {
+    "arith.addi": lambda a, b: a + b,
+    "arith.subi": lambda a, b: a - b,
+    "arith.muli": lambda a, b: a * b,
+    "arith.divsi": _quotient,
+    "arith.divui": lambda a, b: a // b if b else 0,
+    "arith.remsi": lambda a, b: a - b * _quotient(a, b),
+    "arith.remui": lambda a, b: a % b if b else 0,
+    "arith.minsi": min,
+    "arith.maxsi": max,
+    "arith.minui": min,
+    "arith.maxui": max,
+    "arith.andi": lambda a, b: a & b,
+    "arith.ori": lambda a, b: a | b,
+    "arith.xori": lambda a, b: a ^ b,
+    "arith.shli": lambda a, b: a << b,
+    "arith.shrsi": lambda a, b: a >> b,
+    "arith.shrui": lambda a, b: a >> b,
+}
+_COMPARE: dict[str, Callable[[int, int], bool]] = {
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+    "slt": lambda a, b: a < b,
+    "sle": lambda a, b: a <= b,
+    "sgt": lambda a, b: a > b,
+    "sge": lambda a, b: a >= b,
+    "ult": lambda a, b: a < b,
+    "ule": lambda a, b: a <= b,
+    "ugt": lambda a, b: a > b,
+    "uge": lambda a, b: a >= b,
+}
+
+
+_CASTS = ("arith.extsi", "arith.extui", "arith.trunci", "arith.index_cast")
+
+
+def _computed(s: Statement, numbers: list[int]) -> int | None:
+    if s.name in _ARITHMETIC:
+        return _ARITHMETIC[s.name](numbers[0], numbers[1])
+    if s.name == "arith.cmpi":
+        return int(_COMPARE[s.text.split()[1].rstrip(",")](numbers[0], numbers[1]))
+    return numbers[0] if s.name in _CASTS else None
+
+
+@dataclass
+class _Evaluator:
+    """Runs the scalar integer part of a kernel for one program."""
+
+    values: dict[str, int]
+    programs: tuple[int, int, int]
+    program: tuple[int, int, int]
+    counts: dict[int, float | None]
+
+    def run(self, body: list[Statement]) -> list[int | None]:
+        """Runs a region and gives what it yields."""
+        for s in body:
+            if s.name in ("scf.yield", "tt.return"):
+                return [self.values.get(o) for o in s.operands]
+            if s.loop:
+                self.loop(s)
+            elif s.name == "scf.if":
+                self.branch(s)
+            elif s.results:
+                self.set(s.results, [self.scalar(s)])
+        return []
+
+    def set(self, names: list[str], found: Sequence[int | None]) -> None:
+        """Gives names their values; those not known are forgotten."""
+        for name, value in zip(names, found, strict=False):
+            if value is None:
+                self.values.pop(name, None)
+            else:
+                self.values[name] = value
+
+    def scalar(self, s: Statement) -> int | None:
+        """What a scalar integer statement gives, or None."""
+        if s.name == "arith.constant":
+            match = re.match(r"arith\.constant (?:(true|false)|(-?\d+) : i\d+)", s.text)
+            if not match:
+                return None
+            return int(match[1] == "true") if match[1] else int(match[2])
+        if s.name in ("tt.get_program_id", "tt.get_num_programs"):
+            axis = "xyz".index(s.text.split()[1])
+            return (self.program if s.name == "tt.get_program_id" else self.programs)[axis]
+        given = [self.values.get(operand) for operand in s.operands]
+        if s.name == "arith.select" and given[0] is not None:
+            return given[1] if given[0] else given[2]
+        numbers = [g for g in given if g is not None]
+        if len(numbers) < len(given) or not given or "tensor<" in s.text:
+            return None
+        return _computed(s, numbers)
+
+    def branch(self, s: Statement) -> None:
+        """Runs the side that is taken; both, trusting neither, where that is not known."""
+        chosen = self.values.get(s.operands[0])
+        if chosen is None:
+            for region in s.regions:
+                self.run(region)
+            self.set(s.results, [None] * len(s.results))
+        else:
+            index = 0 if chosen else 1
+            region = s.regions[index] if index < len(s.regions) else []
+            self.set(s.results, self.run(region) or [None] * len(s.results))
+
+    def loop(self, s: Statement) -> None:
+        """Counts a loop's turns; runs them only where loops inside hang on them."""
+        assert s.loop is not None
+        counter, *bounds = s.loop
+        first, last, step = (self.values.get(b) for b in bounds)
+        inner = any(x.loop for x in s.nested())
+        carried = [self.values.get(start) for _, start in s.carried]
+        if first is None or last is None or not step:
+            self.counts[id(s)] = None
+            for x in s.nested():
+                if x.loop:
+                    self.counts[id(x)] = None
+            self.set(s.results, [None] * len(s.results))
+            return
+        turns = range(first, last, step)
+        if self.counts[id(s)] is not None:
+            self.counts[id(s)] += len(turns)  # type: ignore[operator]
+        if inner and len(turns) <= 4096:
+            for value in turns:
+                self.values[counter] = value
+                self.set([inside for inside, _ in s.carried], carried)
+                carried = self.run(s.regions[0])
+            self.set(s.results, carried)
+        else:
+            self.set(s.results, [None] * len(s.results))
