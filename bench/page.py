@@ -1,6 +1,6 @@
 """The page that reports share: style, parts and script. One file, no network, light and dark."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from .charts import element
@@ -178,7 +178,7 @@ def table(
     return element("div", element("table", parts, **named), class_="card")
 
 
-def filters(choices: dict[str, Sequence[str]]) -> str:
+def filters(choices: Mapping[str, Sequence[str]]) -> str:
     """Controls that narrow the filtered table: a choice for each key, and a search."""
     parts = []
     for key, values in choices.items():

@@ -62,11 +62,8 @@ def environment() -> dict[str, Any]:
 def _row(case: Case, arch: int, result: Compiled | Failure) -> dict[str, Any]:
     """One row of the report: a launch on a target."""
     launch = case.launch
-    flags = {
-        k: v
-        for k, v in launch.meta.items()
-        if launch.kernel.params[k_index(launch, k)].is_constexpr
-    }
+    constexprs = {p.name for p in launch.kernel.params if p.is_constexpr}
+    flags = {name: value for name, value in launch.meta.items() if name in constexprs}
     row: dict[str, Any] = {
         "op": case.op,
         "case": case.label,

@@ -59,7 +59,7 @@ _HEADER = (
 
 
 def static_table(report: dict[str, Any]) -> str:
-    """A static report: every kernel at one typical size an op. The first and last line are notices."""
+    """A static report: every kernel at one typical size an op, notices first and last."""
     env = report["environment"]
     lines = [report["notice"], ""]
     versions = f"torch {env['torch']}, triton {env['triton']}"
@@ -125,3 +125,74 @@ def _sentence(call: dict[str, Any]) -> str:
             f"{call['roofline_share']:.0%} of the roofline"
         )
     return text
+
+
+# --- timed --------------------------------------------------------------------------------------
+
+
+def timed_table(report: dict[str, Any]) -> str:
+    """A timed report: every case and contender, then wins and losses."""
+    from .suite import by_case, summary
+
+    medians = by_case(report["rows"])
+    lines = []
+    header = (
+        "contender",
+        "p50 us",
+        "p20 to p80",
+        "host us",
+        "GB/s",
+        "TFLOP/s",
+        "roofline",
+        "peak MiB",
+        "speed-up",
+        "error",
+        "eager's",
+        "",
+    )
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        key = tuple(row[k] for k in ("op", "case", "mode", "cache"))
+        groups.setdefault(key, []).append(row)
+    for key, rows in groups.items():
+        eager = medians.get(key, {}).get("eager")
+        body = [header, *(_timed_cells(row, eager) for row in rows)]
+        lines += ["", "  ".join(key), *columns(body, right=range(1, 11))]
+    total = summary(report["rows"])
+    env = report["environment"]
+    if total["cases"]:
+        lines += [
+            "",
+            f"Against eager: {total['wins']} faster, {total['losses']} slower of "
+            f"{total['cases']} cases; geometric mean {total['geometric_mean']:.2f}x.",
+        ]
+    lines.append(
+        f"{env.get('gpu')}, driver {env.get('driver')}, torch {env['torch']}, "
+        f"triton {env['triton']}, fastlm {env['fastlm']} ({env['commit']})"
+    )
+    peak = report["peaks"]
+    rates = ", ".join(f"{name} {human(rate)}FLOP/s" for name, rate in peak["flops"].items())
+    lines.append(f"Measured here: copy {human(peak['bytes'])}B/s, {rates}")
+    if env.get("sdpa_default"):
+        lines.append(f"PyTorch's attention tries in order: {env['sdpa_default']}")
+    return "\n".join(lines)
+
+
+def _timed_cells(row: dict[str, Any], eager: float | None) -> tuple[str, ...]:
+    if "p50" not in row or row["status"] != "ok":
+        return (row["contender"], *[""] * 10, f"{row['status']}: {row['reason']}")
+    rates = ("", "", "")
+    if "roofline" in row:
+        rates = (f"{row['gbs']:.0f}", f"{row['tflops']:.1f}", f"{row['roofline']:.0%}")
+    errors = tuple("" if row[k] is None else f"{row[k]:.1e}" for k in ("error", "error_eager"))
+    return (
+        row["contender"],
+        digits(row["p50"] * 1e6),
+        f"{digits(row['p20'] * 1e6)} to {digits(row['p80'] * 1e6)}",
+        digits(row["host"] * 1e6),
+        *rates,
+        f"{row['peak_bytes'] / 2**20:.0f}",
+        f"{eager / row['p50']:.2f}x" if eager else "",
+        *errors,
+        " ".join(["~" + flag for flag in row["flags"]] + [row["reason"]]).strip(),
+    )

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
 import time
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import triton
 
 import fastlm
+from fastlm.bench import check
 from fastlm.kernels import OPS, explain
 
 _PEERS = ("liger-kernel", "flash-attn", "apex", "transformers", "safetensors", "numpy")
@@ -86,54 +86,15 @@ def facts() -> dict[str, Any]:
 # --- self-test ----------------------------------------------------------------------------------
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(value)
-    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
-
-
-def _as(inputs: Any, dtype: torch.dtype) -> Any:
-    """A copy of the inputs, floating-point tensors in ``dtype``, gradients wanted alike."""
-
-    def copy(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        fresh = value.detach().clone()
-        if fresh.is_floating_point():
-            fresh = fresh.to(dtype)
-        return fresh.requires_grad_(value.requires_grad)
-
-    return torch.utils._pytree.tree_map(copy, inputs)
-
-
-def _outcome(function: Any, inputs: Any) -> list[torch.Tensor]:
-    """What a call gives, changes and sends back: results, inputs, gradients."""
-    results = _tensors(function(**inputs))
-    differentiable = [t for t in results if t.requires_grad]
-    if differentiable:
-        sum(t.double().square().sum() for t in differentiable).backward()  # type: ignore[union-attr]
-    given = _tensors(inputs)
-    gradients = [t.grad for t in given if t.grad is not None]
-    return [t.detach().double() for t in (*results, *given, *gradients)]
-
-
-def _check(name: str, dtype: torch.dtype, size: Any, device: torch.device) -> str | None:
-    """Why an op's kernel differs from its reference at one size, or None."""
+def _check(name: str, dtype: torch.dtype, size: Any, device: torch.device) -> str:
+    """Why an op's kernel differs from its reference at one size, or nothing."""
     op = OPS[name]
     torch.manual_seed(0)
     inputs = op.example(dtype, device, **size)
-    exact = _outcome(op.reference, _as(inputs, torch.float64))
-    eager = _outcome(op.reference, _as(inputs, dtype))
-    fused = _outcome(op.fused, _as(inputs, dtype))
-    ulps = 16 if dtype is torch.float32 else 2
-    for i, (e, p, f) in enumerate(zip(exact, eager, fused, strict=True)):
-        if e.numel() == 0:
-            continue
-        scale = torch.finfo(dtype).eps * e.abs().nan_to_num(0, 0, 0).max().item()
-        bound = 2 * (p - e).abs().nan_to_num(0).max().item() + ulps * scale
-        error = (f - e).abs().nan_to_num(0).max().item()
-        if error > bound or not torch.equal(e.isnan(), f.isnan()):
-            return f"result {i} is off by {error:.3g}, more than {bound:.3g}"
-    return None
+    exact = check.outcome(op.reference, check.copies(inputs, torch.float64))
+    eager = check.outcome(op.reference, check.copies(inputs))
+    got = check.outcome(op.fused, check.copies(inputs))
+    return check.judge(got, eager, exact, dtype).wrong
 
 
 def selftest() -> list[dict[str, Any]]:
@@ -158,7 +119,7 @@ def selftest() -> list[dict[str, Any]]:
         results.append(
             {
                 "op": name,
-                "passed": wrong is None,
+                "passed": not wrong,
                 "detail": wrong or "agrees with its reference",
                 "size": {k: str(v) for k, v in size.items()},
                 "dtype": str(dtype).removeprefix("torch."),
@@ -183,33 +144,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the report and gives the exit code: 1 if a kernel disagrees with its reference."""
     found = facts()
-    if args.selftest:
-        found["selftest"] = selftest()
-    failed = [r for r in found.get("selftest", ()) if not r["passed"]]
+    tests = selftest() if args.selftest else []
     if args.json:
-        json.dump(found, sys.stdout, indent=1)
-        print()
-        return int(bool(failed))
-    for name in ("fastlm", "python", "platform", "torch", "triton", "cuda"):
-        print(f"{name:10s} {found[name] if found[name] is not None else 'none (CPU build)'}")
-    for gpu in found["gpus"]:
-        print(
-            f"{'gpu':10s} {gpu['name']}, capability {gpu['capability']}, "
-            f"{gpu['memory_gib']} GiB, {gpu['multiprocessors']} multiprocessors"
-        )
-    if not found["gpus"]:
-        print(f"{'gpu':10s} none")
-    for name, version in found["packages"].items():
-        print(f"{name:14s} {version or 'not installed'}")
-    for name, value in found["settings"].items():
-        print(f"{name}={value}")
-    print()
-    for sentence in found["ops"].values():
-        print(sentence)
-    if args.selftest:
-        print()
-        for r in found["selftest"]:
-            verdict = "ok    " if r["passed"] else "FAILED"
-            where = f"{r['op']} on the {r['device']}, {r['dtype']}, {r['seconds']} s"
-            print(f"{verdict} {where}: {r['detail']}")
-    return int(bool(failed))
+        print(json.dumps({**found, "selftest": tests} if args.selftest else found, indent=1))
+    else:
+        print("\n".join([*_fact_lines(found), *_test_lines(tests)]))
+    return int(any(not test["passed"] for test in tests))
+
+
+def _fact_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{name:14s} {found[name] or 'none (CPU build)'}"
+        for name in ("fastlm", "python", "platform", "torch", "triton", "cuda")
+    ]
+    gpus = [
+        f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB, "
+        f"{gpu['multiprocessors']} multiprocessors"
+        for gpu in found["gpus"]
+    ]
+    lines += [f"{'gpu':14s} {gpu}" for gpu in gpus or ["none"]]
+    lines += [f"{name:14s} {v or 'not installed'}" for name, v in found["packages"].items()]
+    lines += [f"{name}={value}" for name, value in found["settings"].items()]
+    return [*lines, "", *found["ops"].values()]
+
+
+def _test_lines(tests: list[dict[str, Any]]) -> list[str]:
+    lines = [""] if tests else []
+    for test in tests:
+        verdict = "ok    " if test["passed"] else "FAILED"
+        where = f"{test['op']} on the {test['device']}, {test['dtype']}, {test['seconds']} s"
+        lines.append(f"{verdict} {where}: {test['detail']}")
+    return lines
