@@ -1,6 +1,6 @@
 """The launches that each op makes, forward and backward, on inputs that take no memory."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ class Case:
         backward: Whether the backward pass made it.
         launch: The launch.
         work: Least bytes and floating-point operations of the forward call.
+        contender: Whose launch it is: ``"fused"``, ours, or a peer's name.
     """
 
     op: str
@@ -38,6 +39,7 @@ class Case:
     backward: bool
     launch: Launch
     work: tuple[int, int]
+    contender: str = "fused"
 
     @property
     def label(self) -> str:
@@ -87,9 +89,9 @@ def hollow(op: Op, dtype: torch.dtype, size: Mapping[str, Any], offset: int = 0)
     return pytree.tree_map(materialise, inputs)
 
 
-def _call(op: Op, inputs: dict[str, Any], capture: Capture) -> int:
-    """Runs an op forward and backward, and says how many launches the forward made."""
-    results = op.fused(**inputs)
+def _call(function: Callable[..., Any], inputs: dict[str, Any], capture: Capture) -> int:
+    """Runs a call forward and backward, and says how many launches the forward made."""
+    results = function(**inputs)
     forward = len(capture.launches)
     outputs = [t for t in pytree.tree_leaves(results) if isinstance(t, Tensor) and t.requires_grad]
     if outputs:
@@ -104,6 +106,8 @@ def cases_of(
     sizes: Iterable[Mapping[str, Any]],
     dtypes: Iterable[torch.dtype],
     special: str = "",
+    contender: str = "fused",
+    call: Callable[..., Any] | None = None,
 ) -> list[Case]:
     """Every launch of an op at these sizes, on a device of this target.
 
@@ -114,6 +118,8 @@ def cases_of(
         dtypes: Of the inputs.
         special: ``"unaligned"`` shifts every tensor by one element; ``"only x"`` leaves ``x`` as
             the one input that wants a gradient.
+        contender: Whose launches they are.
+        call: What to call in place of ``op.fused``.
     """
     found = []
     with untouched_memory(), torch.enable_grad():
@@ -126,9 +132,9 @@ def cases_of(
                             value.requires_grad_(special == f"only {name}")
                 work = op.work(**inputs)
                 with capture_launches(target) as capture:
-                    forward = _call(op, inputs, capture)
+                    forward = _call(call or op.fused, inputs, capture)
                 found += [
-                    Case(op.name, dtype, size, special, i >= forward, launch, work)
+                    Case(op.name, dtype, size, special, i >= forward, launch, work, contender)
                     for i, launch in enumerate(capture.launches)
                 ]
     return found

@@ -83,6 +83,9 @@ def _add_static(parser: argparse.ArgumentParser) -> None:
         default="one",
         help="bfloat16 where the op has it (default), or every dtype",
     )
+    parser.add_argument(
+        "--peers", action="store_true", help="installed peers' kernels as well (Liger-Kernel)"
+    )
     parser.add_argument("--run", metavar="DIR", help="a training run to show on the page")
     parser.add_argument(
         "--processes", type=int, default=2, metavar="N", help="compilers at a time (default 2)"
@@ -182,7 +185,12 @@ def _static(args: argparse.Namespace) -> int:
         raise ValueError(f"bench: --processes must be at least 1; got {args.processes}")
     training = _read_run(args.run) if args.run else None
     report = static_report(
-        targets=targets, ops=args.op, sizes=args.sizes, dtypes=args.dtypes, processes=args.processes
+        targets=targets,
+        ops=args.op,
+        sizes=args.sizes,
+        dtypes=args.dtypes,
+        processes=args.processes,
+        peers=args.peers,
     )
     if training:
         report["training"] = training

@@ -59,6 +59,18 @@ def contenders(op: Op, wanted: list[str] | None = None) -> Field:
     return found
 
 
+def triton_peers(op_name: str) -> dict[str, Call]:
+    """Installed peers of an op whose own kernels are Triton's, by name."""
+    found = {}
+    for name, _, build in _PEERS.get(op_name, ()):
+        if name == "liger":
+            try:
+                found[name] = build()
+            except ImportError:
+                continue
+    return found
+
+
 def versions() -> dict[str, str]:
     """Installed peers and their versions."""
     found = {}

@@ -86,7 +86,7 @@ def _host(report: dict[str, Any]) -> list[str]:
         "## Memory and launches",
         "",
         "Bytes kept for the backward beyond inputs and results, counted with saved-tensor hooks; "
-        "kernel launches of a forward and a backward. `eager` is the op's reference on CPU tensors.",
+        "launches of a forward and a backward. `eager` is the op's reference on CPU tensors.",
         "",
         *_table(["op", "inputs", "kept", "kept by eager", "launches"], memory),
         "",

@@ -54,7 +54,8 @@ def _refusals(report: dict[str, Any]) -> list[str]:
 
 
 def _headlines(report: dict[str, Any], refused: Sequence[str]) -> str:
-    good = [row for row in report["rows"] if "error" not in row]
+    ours = [row for row in report["rows"] if row["contender"] == "fused"]
+    good = [row for row in ours if "error" not in row]
     targets = len(report["targets"])
     return tiles(
         [
@@ -116,6 +117,8 @@ def _kernels(report: dict[str, Any], op: str) -> dict[str, dict[str, dict[str, A
     kernels: dict[str, dict[str, dict[str, Any]]] = {}
     for row in report["rows"]:
         if row["op"] == op and row["case"] == case and "error" not in row:
+            if row["contender"] != "fused":
+                continue
             kernels.setdefault(row["kernel"].strip("_"), {}).setdefault(row["target"], row)
     return kernels
 
@@ -173,7 +176,8 @@ def _sweep(report: dict[str, Any], op: str) -> str:
     calls = [
         call
         for call in report["calls"]
-        if call["op"] == op and call["pass"] == "forward" and call.get("roofline_share")
+        if (call["op"], call["pass"], call["contender"]) == (op, "forward", "fused")
+        and call.get("roofline_share")
     ]
     cases = list(dict.fromkeys(call["case"] for call in calls))
     if len(cases) < 2:
@@ -229,15 +233,14 @@ def _span(low: float, high: float) -> str:
 
 def _calls(report: dict[str, Any], ops: Sequence[str]) -> str:
     """Modelled forward and backward of each op at its typical size."""
-    header: list[Cell] = [(name, "") for name in ("op", "inputs", "target", "pass")]
+    header: list[Cell] = [(name, "") for name in ("op", "inputs", "target", "pass", "whose")]
     numbers = ("launches", "modelled us", "range", "bytes moved", "bytes needed", "of the roofline")
     header += [(name, "n") for name in numbers]
     body = []
     for op in ops:
         case = typical_case(report, op)
-        for call in report["calls"]:
-            if (call["op"], call["case"]) != (op, case):
-                continue
+        ours = [c for c in report["calls"] if (c["op"], c["case"]) == (op, case)]
+        for call in sorted(ours, key=lambda c: (c["target"], c["pass"], c["contender"])):
             low, middle, high = call["microseconds"]
             needed = human(call["least_bytes"]) + "B" if "least_bytes" in call else ""
             share = f"{call['roofline_share']:.0%}" if call.get("roofline_share") else ""
@@ -249,7 +252,8 @@ def _calls(report: dict[str, Any], ops: Sequence[str]) -> str:
                 needed,
                 share,
             )
-            row: list[Cell] = [(op, ""), (case, "small"), (call["target"], ""), (call["pass"], "")]
+            words = (call["target"], call["pass"], call["contender"])
+            row: list[Cell] = [(op, ""), (case, "small"), *((word, "") for word in words)]
             body.append([*row, *((figure, "n") for figure in figures)])
     return table(header, body)
 
@@ -268,7 +272,8 @@ def _launches(report: dict[str, Any], ops: Sequence[str]) -> list[str]:
 
 
 def _launch_cells(row: dict[str, Any]) -> list[Cell]:
-    first: list[Cell] = [(row["op"], ""), (row["kernel"], ""), (row["target"], "")]
+    whose = "" if row["contender"] == "fused" else f"{row['contender']}: "
+    first: list[Cell] = [(row["op"], ""), (whose + row["kernel"], ""), (row["target"], "")]
     variant = " ".join(f"{k}={v}" for k, v in {**row["variant"], **row["options"]}.items())
     last: list[Cell] = [(row["case"], "wide"), (variant, "wide")]
     if "error" in row:

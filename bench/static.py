@@ -19,12 +19,14 @@ from .capture import as_target
 from .cases import Case, cases_of
 from .compile import Failure, compile_all
 from .model import ASSUMPTIONS, model, part, roofline
+from .peers import peer_cases
 from .rules import Compiled, refusals
 
 NOTHING_TIMED = (
     "NOTHING WAS TIMED: no CUDA device was used. Figures below are compiler facts and a model."
 )
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
+_PEERS_ASSUME = "a peer's own kernels alone count: sums that it leaves to PyTorch are left out"
 ALL_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
@@ -66,6 +68,7 @@ def _row(case: Case, arch: int, result: Compiled | Failure) -> dict[str, Any]:
     flags = {name: value for name, value in launch.meta.items() if name in constexprs}
     row: dict[str, Any] = {
         "op": case.op,
+        "contender": case.contender,
         "case": case.label,
         "size": {k: str(v).removeprefix("torch.") for k, v in case.size.items()},
         "dtype": str(case.dtype).removeprefix("torch."),
@@ -97,7 +100,7 @@ def _row(case: Case, arch: int, result: Compiled | Failure) -> dict[str, Any]:
         "accesses": code.accesses,
         "float64": code.double,
         "barriers": code.barriers,
-        "refusals": refusals(result),
+        "refusals": refusals(result) if case.contender == "fused" else [],
     }
     if result.report is not None:
         modelled = asdict(model(launch, result.ttir, result.report))
@@ -111,9 +114,10 @@ def _calls(
     """Rows of one call and pass added up, beside the least bytes and FLOPs of the call."""
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["op"], row["case"], row["pass"], row["target"]), []).append(row)
+        key = tuple(row[k] for k in ("op", "case", "contender", "pass", "target"))
+        groups.setdefault(key, []).append(row)
     calls = []
-    for (op, case, direction, target), members in groups.items():
+    for (op, case, contender, direction, target), members in groups.items():
         if any("modelled" not in m for m in members):
             continue
         microseconds = [
@@ -122,6 +126,7 @@ def _calls(
         call = {
             "op": op,
             "case": case,
+            "contender": contender,
             "size": members[0]["size"],
             "pass": direction,
             "target": target,
@@ -151,6 +156,7 @@ def static_report(
     sizes: str = "bench",
     dtypes: str = "one",
     processes: int = 2,
+    peers: bool = False,
 ) -> dict[str, Any]:
     """Compiles what the ops launch and reads the machine code. Nothing runs.
 
@@ -160,6 +166,7 @@ def static_report(
         sizes: ``"one"`` typical size an op, ``"bench"`` sizes, or ``"all"``, small ones included.
         dtypes: ``"one"``, bfloat16 where the op has it, or ``"all"``.
         processes: That compile at a time.
+        peers: Also what installed peers launch for the same calls.
 
     Returns:
         ``rows``, a launch each; ``calls``, forward or backward each; ``environment``, ``parts``,
@@ -175,8 +182,10 @@ def static_report(
             found = cases_of(
                 OPS[name], target, sizes=_sizes(name, sizes), dtypes=_dtypes(name, dtypes)
             )
-            jobs += [(case, arch) for case in found]
             works |= {(case.op, case.label): case.work for case in found}
+            if peers:
+                found += peer_cases(OPS[name], target, _sizes(name, sizes), _dtypes(name, dtypes))
+            jobs += [(case, arch) for case in found]
     grids: dict[Any, set[Any]] = {}
     for case, _ in jobs:
         grids.setdefault(case.launch.kernel, set()).add(case.launch.grid)
@@ -191,7 +200,7 @@ def static_report(
     rows = []
     for case, arch in jobs:
         result = results[case.launch.key(), arch]
-        if isinstance(result, Compiled):
+        if isinstance(result, Compiled) and case.contender == "fused":
             result.one_program = grids[case.launch.kernel] == {(1, 1, 1)}
             result.main_path = case.size in OPS[case.op].bench_sizes
         rows.append(_row(case, arch, result))
@@ -203,7 +212,7 @@ def static_report(
         "command": " ".join(["fastlm", *sys.argv[1:]]),
         "targets": list(targets),
         "parts": {target: part(as_target(target).arch) for target in targets},
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": [*ASSUMPTIONS, *([_PEERS_ASSUME] if peers else [])],
         "seconds": round(time.perf_counter() - started, 1),
         "distinct_kernels": len(unique),
         "calls": _calls(rows, works),

@@ -96,12 +96,15 @@ def _footer(report: dict[str, Any]) -> list[str]:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    kernel = (
+        row["kernel"] if row["contender"] == "fused" else f"{row['contender']}: {row['kernel']}"
+    )
     if "error" in row:
-        return (row["kernel"], row["target"], *[""] * 5, row["error"][:60], *[""] * 3)
+        return (kernel, row["target"], *[""] * 5, row["error"][:60], *[""] * 3)
     low, middle, high = row["modelled"]["microseconds"]
     tensor = "+".join(f"{n} {name}" for name, n in row["tensor"].items()) or "-"
     return (
-        row["kernel"],
+        kernel,
         row["target"],
         str(row["registers"]),
         str(row["spills"]),
@@ -118,7 +121,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 def _sentence(call: dict[str, Any]) -> str:
     launches = f"{call['launches']} launch{'es' if call['launches'] > 1 else ''}"
     modelled = digits(call["microseconds"][1])
-    text = f"  {call['target']} {call['pass']}: modelled {modelled} us in {launches}"
+    whose = "" if call["contender"] == "fused" else f" by {call['contender']}"
+    text = f"  {call['target']} {call['pass']}{whose}: modelled {modelled} us in {launches}"
     if call.get("roofline_share"):
         text += (
             f"; {human(call['bytes'])}B moved, {human(call['least_bytes'])}B needed, "
