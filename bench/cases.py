@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm.kernels import Op
 
@@ -64,8 +64,47 @@ def untouched_memory() -> Iterator[None]:
         settings.fill_uninitialized_memory = before
 
 
+_SMALL = 1 << 16  # elements; what is no larger is computed for real
+
+
+class _Lazy(TorchDispatchMode):
+    """Gives large floating-point results their shapes alone; integers and views are real."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Runs an operator on metadata first, and for real only where that costs little."""
+        kwargs = kwargs or {}
+        if func.is_view or not self._is_large(func, args, kwargs):
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            return args[0]
+        return pytree.tree_map_only(
+            Tensor,
+            lambda m: torch.empty_strided(m.shape, m.stride(), dtype=m.dtype),
+            self._on_metadata(func, args, kwargs),
+        )
+
+    def _on_metadata(self, func: Any, args: Any, kwargs: Any) -> Any:
+        def metadata(t: Tensor) -> Tensor:
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+        args, kwargs = pytree.tree_map_only(Tensor, metadata, (args, kwargs))
+        if kwargs.get("device") is not None:
+            kwargs["device"] = torch.device("meta")
+        return func(*args, **{k: v for k, v in kwargs.items() if k != "generator"})
+
+    def _is_large(self, func: Any, args: Any, kwargs: Any) -> bool:
+        try:
+            found = self._on_metadata(func, args, kwargs)
+        except Exception:  # it reads values, or knows no metadata: run it
+            return False
+        return any(
+            isinstance(t, Tensor) and t.is_floating_point() and t.numel() > _SMALL
+            for t in pytree.tree_leaves(found)
+        )
+
+
 def hollow(op: Op, dtype: torch.dtype, size: Mapping[str, Any], offset: int = 0) -> dict[str, Any]:
-    """The op's example inputs with nothing in them: shapes, strides and dtypes alone.
+    """The op's example inputs, of which large floating-point tensors hold nothing.
 
     Args:
         op: The op.
@@ -73,20 +112,20 @@ def hollow(op: Op, dtype: torch.dtype, size: Mapping[str, Any], offset: int = 0)
         size: Arguments of ``op.example``.
         offset: Elements by which every tensor starts past an aligned address.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with untouched_memory(), _Lazy():
         inputs = op.example(dtype, CPU, **size)
+    if not offset:
+        return inputs
 
-    def materialise(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        span = 1 + sum(st * (n - 1) for st, n in zip(value.stride(), value.shape, strict=True))
-        room = torch.empty(offset + max(span, 0), dtype=value.dtype)
+    def shifted(value: Tensor) -> Tensor:
+        steps = [st * (n - 1) for st, n in zip(value.stride(), value.shape, strict=True)]
+        room = torch.empty(offset + max(0, 1 + sum(steps)), dtype=value.dtype)
         tensor = room.as_strided(value.shape, value.stride(), offset)
-        if type(value) is torch.nn.Parameter:
-            return torch.nn.Parameter(tensor, value.requires_grad)
+        if value.numel() <= _SMALL:
+            tensor.copy_(value.detach())
         return tensor.requires_grad_(value.requires_grad)
 
-    return pytree.tree_map(materialise, inputs)
+    return pytree.tree_map_only(Tensor, shifted, inputs)
 
 
 def _call(function: Callable[..., Any], inputs: dict[str, Any], capture: Capture) -> int:
