@@ -56,12 +56,15 @@ def _compile_chunk(chunk: Sequence[int], seconds: float, modelled: bool) -> list
     """For each job a message, or the fields of ``Compiled`` that follow launch and arch."""
     compiled = [_compile_one(*_jobs[i], seconds) for i in chunk]
     facts = iter(read([c for c in compiled if not isinstance(c, str)]))
-    return [
-        c
-        if isinstance(c, str)
-        else (c.asm["ttir"], c.asm["ttgir"], next(facts), cost(c) if modelled else None)
-        for c in compiled
-    ]
+    answers: list[Any] = []
+    for c in compiled:
+        if isinstance(c, str):
+            answers.append(c)
+        else:
+            code = next(facts)
+            report = cost(c) if modelled or code.spills else None  # it says where the spills are
+            answers.append((c.asm["ttir"], c.asm["ttgir"], code, report))
+    return answers
 
 
 def compile_all(

@@ -24,7 +24,7 @@ class Compiled:
         ttir: Triton's intermediate code.
         ttgir: The same with layouts chosen.
         code: The machine code.
-        report: What the cost model says of it, if it was asked.
+        report: What the cost model says of it, if it was asked or registers spill.
         one_program: Whether every launch of the kernel is of a single program.
         main_path: Whether the inputs are of a size and alignment that the kernel is built for.
     """
@@ -49,10 +49,21 @@ class Compiled:
         return 32 * self.launch.options.get("num_warps", 4)
 
 
+# Bytes of stack a thread that spilled registers may take: outside loops on the main path, and
+# anywhere off it, where masks and narrow loads cost registers but nobody counts microseconds.
+_STACK_OUTSIDE_LOOPS, _STACK_OFF_MAIN_PATH = 128, 1024
+
+
 def spills(c: Compiled) -> Iterator[str]:
-    """Registers must hold what a thread works on; masks of odd sizes may push out 16 bytes."""
-    if c.code.spills and (c.main_path or c.code.stack > 16):
-        yield f"{c.code.spills} instructions spill registers, {c.code.stack} bytes of stack"
+    """On the main path no loop spills; before and after loops a few registers may."""
+    if not c.code.spills:
+        return
+    hot = c.report.hot_loop() if c.report is not None else None
+    where = f"{c.code.spills} instructions spill registers, {c.code.stack} bytes of stack"
+    if c.main_path and (hot is None or hot.spill_bytes):
+        yield where + (", in the hot loop" if hot else "")
+    elif c.code.stack > (_STACK_OUTSIDE_LOOPS if c.main_path else _STACK_OFF_MAIN_PATH):
+        yield where
 
 
 def collapsed(c: Compiled) -> Iterator[str]:
@@ -99,6 +110,8 @@ def serialised(c: Compiled) -> Iterator[str]:
 
 def duplicated_exponentials(c: Compiled) -> Iterator[str]:
     """A layout that repeats a tile over warps computes each exponential more than once."""
+    if not c.main_path:
+        return
     tiles, vectors = exponentials(c.ttgir)
     expected = tiles / c.threads
     found = c.code.count(r"MUFU\.EX2\b")

