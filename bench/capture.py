@@ -83,7 +83,7 @@ class Launch:
         target: What the host code was told it runs on.
         grid: Programs along x, y and z.
         phase: ``"launch"``, ``"tune"`` (an autotuner's trial) or ``"warmup"``.
-        arguments: The numbers that the kernel is called with, by name; no tensors.
+        arguments: What the kernel is called with, by name: numbers, and small tables of integers.
     """
 
     kernel: JITFunction
@@ -207,6 +207,13 @@ class _Driver:
         return [1.0] * (len(quantiles) if quantiles else 1)
 
 
+def _is_small_table(value: Any) -> bool:
+    """Whether an argument is a tensor of integers on the CPU, short enough to keep and read."""
+    if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex():
+        return False
+    return value.device.type == "cpu" and value.numel() <= 65536 and value.is_contiguous()
+
+
 class _Recorded:
     """Stands in for the compiled kernel inside ``JITFunction.run``."""
 
@@ -225,7 +232,7 @@ class _Recorded:
         launch.arguments = {
             name: value
             for name, value in zip(launch.kernel.arg_names, values, strict=True)
-            if isinstance(value, (bool, int, float))
+            if isinstance(value, (bool, int, float)) or _is_small_table(value)
         }
 
     def _init_handles(self) -> None:

@@ -49,6 +49,8 @@ class Case:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, (tuple, list)) and len(value) > 4:
+        return f"({len(value)} from {value[0]})".replace(" ", "_")
     return str(value).removeprefix("torch.")
 
 

@@ -66,6 +66,7 @@ class Modelled:
         flops: On the tensor cores or in float32 products.
         bound: The pipe that is busiest, or ``"DRAM"``.
         notes: What the figures rest on here, and the model's warnings.
+        guessed: Whether a loop's count was not known, so that the time is but a lower bound.
     """
 
     microseconds: tuple[float, float, float]
@@ -73,6 +74,7 @@ class Modelled:
     flops: float
     bound: str
     notes: tuple[str, ...]
+    guessed: bool = False
 
 
 def _sample(size: int) -> list[int]:
@@ -142,6 +144,7 @@ def model(launch: Launch, ttir: str, report: Report) -> Modelled:
         2.0 * macs * grid,
         bound,
         tuple(dict.fromkeys((*guessed, *matched, *report.warnings))),
+        bool(guessed),
     )
 
 

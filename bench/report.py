@@ -246,7 +246,7 @@ def _calls(report: dict[str, Any], ops: Sequence[str]) -> str:
             share = f"{call['roofline_share']:.0%}" if call.get("roofline_share") else ""
             figures = (
                 str(call["launches"]),
-                digits(middle),
+                ">= " * call["guessed"] + digits(middle),
                 _span(low, high),
                 human(call["bytes"]) + "B",
                 needed,

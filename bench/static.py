@@ -135,7 +135,8 @@ def _calls(
             "bytes": round(sum(m["modelled"]["bytes"] for m in members)),
             "flops": round(sum(m["modelled"]["flops"] for m in members)),
         }
-        if direction == "forward":
+        call["guessed"] = any(m["modelled"]["guessed"] for m in members)
+        if direction == "forward" and not call["guessed"]:
             least_bytes, flops = works[op, case]
             half = members[0]["dtype"] in ("float16", "bfloat16")
             bound = roofline(as_target(target).arch, (least_bytes, flops), half)

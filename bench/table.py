@@ -114,13 +114,13 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         accesses_in_short(row),
         str(row["float64"]),
         str(row["barriers"]),
-        f"{digits(middle)} [{digits(low)}, {digits(high)}]",
+        ">= " * row["modelled"]["guessed"] + f"{digits(middle)} [{digits(low)}, {digits(high)}]",
     )
 
 
 def _sentence(call: dict[str, Any]) -> str:
     launches = f"{call['launches']} launch{'es' if call['launches'] > 1 else ''}"
-    modelled = digits(call["microseconds"][1])
+    modelled = ">= " * call["guessed"] + digits(call["microseconds"][1])
     whose = "" if call["contender"] == "fused" else f" by {call['contender']}"
     text = f"  {call['target']} {call['pass']}{whose}: modelled {modelled} us in {launches}"
     if call.get("roofline_share"):

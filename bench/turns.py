@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .ttir import Function, Statement
 
 
@@ -19,15 +21,28 @@ def trip_counts(
     None where the count hangs on numbers in memory. The innermost loop of a nest counts all its
     turns.
     """
-    values: dict[str, int] = {}
+    values: dict[str, _Value] = {}
     for name in kernel.parameters:
         value = arguments.get(name.lstrip("%"))
-        if isinstance(value, (bool, int)):
+        if isinstance(value, torch.Tensor):
+            values[name] = _Pointer(value.flatten().tolist(), 0)
+        elif isinstance(value, (bool, int)):
             values[name] = int(value)
     loops = kernel.loops()
     counts: dict[int, float | None] = {id(s): 0 for s in loops}
     _Evaluator(values, programs, program, counts).run(kernel.body)
     return [counts[id(s)] for s in loops]
+
+
+@dataclass(frozen=True)
+class _Pointer:
+    """An address inside a table of integers."""
+
+    table: list[int]
+    offset: int
+
+
+_Value = int | _Pointer
 
 
 def _quotient(a: int, b: int) -> int:
@@ -70,6 +85,20 @@ _COMPARE: dict[str, Callable[[int, int], bool]] = {
 }
 
 
+def _from_table(s: Statement, given: Sequence[_Value | None]) -> _Value | None:
+    """Address arithmetic and loads in a table of integers."""
+    base = given[0]
+    if not isinstance(base, _Pointer):
+        return None
+    if s.name == "tt.addptr":
+        step = given[1]
+        return _Pointer(base.table, base.offset + step) if isinstance(step, int) else None
+    if len(given) > 1 and given[1] == 0:  # masked off
+        return given[2] if len(given) > 2 else 0
+    inside = 0 <= base.offset < len(base.table)
+    return base.table[base.offset] if inside else None
+
+
 _CASTS = ("arith.extsi", "arith.extui", "arith.trunci", "arith.index_cast")
 
 
@@ -85,12 +114,12 @@ def _computed(s: Statement, numbers: list[int]) -> int | None:
 class _Evaluator:
     """Runs the scalar integer part of a kernel for one program."""
 
-    values: dict[str, int]
+    values: dict[str, _Value]
     programs: tuple[int, int, int]
     program: tuple[int, int, int]
     counts: dict[int, float | None]
 
-    def run(self, body: list[Statement]) -> list[int | None]:
+    def run(self, body: list[Statement]) -> list[_Value | None]:
         """Runs a region and gives what it yields."""
         for s in body:
             if s.name in ("scf.yield", "tt.return"):
@@ -103,7 +132,7 @@ class _Evaluator:
                 self.set(s.results, [self.scalar(s)])
         return []
 
-    def set(self, names: list[str], found: Sequence[int | None]) -> None:
+    def set(self, names: list[str], found: Sequence[_Value | None]) -> None:
         """Gives names their values; those not known are forgotten."""
         for name, value in zip(names, found, strict=False):
             if value is None:
@@ -111,7 +140,7 @@ class _Evaluator:
             else:
                 self.values[name] = value
 
-    def scalar(self, s: Statement) -> int | None:
+    def scalar(self, s: Statement) -> _Value | None:
         """What a scalar integer statement gives, or None."""
         if s.name == "arith.constant":
             match = re.match(r"arith\.constant (?:(true|false)|(-?\d+) : i\d+)", s.text)
@@ -124,7 +153,9 @@ class _Evaluator:
         given = [self.values.get(operand) for operand in s.operands]
         if s.name == "arith.select" and given[0] is not None:
             return given[1] if given[0] else given[2]
-        numbers = [g for g in given if g is not None]
+        if s.name in ("tt.addptr", "tt.load"):
+            return _from_table(s, given)
+        numbers = [g for g in given if isinstance(g, int)]
         if len(numbers) < len(given) or not given or "tensor<" in s.text:
             return None
         return _computed(s, numbers)
@@ -148,14 +179,15 @@ class _Evaluator:
         first, last, step = (self.values.get(b) for b in bounds)
         inner = any(x.loop for x in s.nested())
         carried = [self.values.get(start) for _, start in s.carried]
-        if first is None or last is None or not step:
+        known = isinstance(first, int) and isinstance(last, int) and isinstance(step, int)
+        if not known or not step:
             self.counts[id(s)] = None
             for x in s.nested():
                 if x.loop:
                     self.counts[id(x)] = None
             self.set(s.results, [None] * len(s.results))
             return
-        turns = range(first, last, step)
+        turns = range(first, last, step)  # type: ignore[arg-type]
         if self.counts[id(s)] is not None:
             self.counts[id(s)] += len(turns)  # type: ignore[operator]
         if inner and len(turns) <= 4096:

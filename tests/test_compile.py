@@ -19,7 +19,10 @@ from fastlm.kernels import OPS
 TARGETS = [80, 90, 100, 120]
 
 # Refusals that are known and accepted, each with its reason: (kernel, target, rule).
-ACCEPTED: dict[tuple[str, int, str], str] = {}
+ACCEPTED = {
+    ("_prepare_kernel", target, "float64"): "bias corrections in float64, a lane for each tensor"
+    for target in TARGETS
+}
 EVERYTHING = os.environ.get("FASTLM_COMPILE") == "all"  # every variant on every target: minutes
 
 
@@ -154,7 +157,9 @@ def test_compiled_kernels_keep_the_rules(target):
         f"{text}\n    {len(calls)} launches, the first of {calls[0]}"
         for text, calls in wrong.items()
     )
-    assert accepted == {key for key in ACCEPTED if key[1] == target}, "accepted, but no longer so"
+    names = {case.launch.name for case in cases}
+    stale = {key for key in ACCEPTED if key[1] == target and key[0] in names} - accepted
+    assert not stale, "accepted, but no longer so"
 
 
 def test_every_kernel_is_compiled():
@@ -199,5 +204,5 @@ def odd_size(launch) -> bool:
 
 
 def off_alignment(launch) -> bool:
-    """Whether a pointer is not known to be divisible by 16."""
-    return not all(_facts(launch, "*"))
+    """Whether a pointer is not known to be divisible by 16, an argument or one in a table."""
+    return launch.meta.get("ALIGNED") is False or not all(_facts(launch, "*"))
