@@ -107,6 +107,17 @@ class Launch:
         names = self.kernel.arg_names
         return {names[path[0]]: v for path, v in self.constexprs.items() if len(path) == 1}
 
+    def values(self) -> list[tuple[str, Any]]:
+        """Name and value of each parameter of the compiled function; None for what is not kept."""
+
+        def leaves(name: str, kind: Any) -> list[tuple[str, Any]]:
+            if isinstance(kind, tuple):
+                parts = [leaves(f"{name}.{i}", part) for i, part in enumerate(kind)]
+                return [leaf for part in parts for leaf in part]
+            return [] if kind == "constexpr" else [(name, self.arguments.get(name))]
+
+        return [leaf for name, kind in self.signature.items() for leaf in leaves(name, kind)]
+
     def key(self) -> tuple[Any, ...]:
         """Equal for launches that run the same machine code."""
         parts = (self.signature, self.constexprs, self.attrs, self.options)

@@ -90,8 +90,8 @@ def _mean_turns(launch: Launch, ttir: str) -> tuple[list[float], list[str]]:
     programs = [
         (x, y, z) for x in _sample(grid[0]) for y in _sample(grid[1]) for z in _sample(grid[2])
     ]
-    arguments = {**launch.arguments, **launch.meta}
-    counts = [trip_counts(kernel, arguments, grid, program) for program in programs]
+    values = launch.values()
+    counts = [trip_counts(kernel, values, grid, program) for program in programs]
     leaves = [not any(x.loop for x in s.nested()) for s in kernel.loops()]
     turns, notes = [], []
     for i, leaf in enumerate(leaves):

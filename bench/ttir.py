@@ -75,8 +75,10 @@ class _Parser:
         """Takes in one line, its location left out."""
         if line.startswith("tt.func"):
             self._open_function(line)
-        elif not self.open or not line or line.startswith(("#", "^")):
+        elif not self.open or not line or line.startswith("#"):
             return
+        elif line.startswith("^"):  # a block's label, to which branches jump
+            self.open[-1].append(Statement([], re.split(r"[(:]", line)[0], [], line))
         elif line.startswith(("} else", "} do")):
             self.open.pop()
             self._open_region(self.open[-1][-1])

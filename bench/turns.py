@@ -1,7 +1,7 @@
 """How often the loops of a kernel turn, from its scalar code and the numbers it is called with."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,29 @@ from .ttir import Function, Statement
 
 def trip_counts(
     kernel: Function,
-    arguments: Mapping[str, Any],
+    arguments: Sequence[tuple[str, Any]],
     programs: tuple[int, int, int],
     program: tuple[int, int, int],
 ) -> list[float | None]:
     """How often each loop's body runs in one program, loops in the order of the text.
 
-    None where the count hangs on numbers in memory. The innermost loop of a nest counts all its
-    turns.
+    None where the count hangs on numbers that are not known. The innermost loop of a nest counts
+    all its turns.
+
+    Args:
+        kernel: The intermediate code.
+        arguments: Name and value of each parameter in order, None for what is not known. The
+            code can show a parameter under another name, so their order counts; where descriptors
+            stand for several parameters each, their names do.
+        programs: The grid.
+        program: The program's place in it.
     """
     values: dict[str, _Value] = {}
-    for name in kernel.parameters:
-        value = arguments.get(name.lstrip("%"))
+    by_name = dict(arguments)
+    given = [value for _, value in arguments]
+    if len(given) != len(kernel.parameters):
+        given = [by_name.get(name.lstrip("%")) for name in kernel.parameters]
+    for name, value in zip(kernel.parameters, given, strict=True):
         if isinstance(value, torch.Tensor):
             values[name] = _Pointer(value.flatten().tolist(), 0)
         elif isinstance(value, (bool, int)):
@@ -121,16 +132,48 @@ class _Evaluator:
 
     def run(self, body: list[Statement]) -> list[_Value | None]:
         """Runs a region and gives what it yields."""
-        for s in body:
-            if s.name in ("scf.yield", "tt.return"):
+        at = 0
+        while at < len(body):
+            s = body[at]
+            at += 1
+            if s.name in ("scf.yield", "scf.condition", "tt.return"):
                 return [self.values.get(o) for o in s.operands]
-            if s.loop:
+            if s.name in ("cf.br", "cf.cond_br"):
+                at = self.jump(s, body)
+            elif s.loop:
                 self.loop(s)
             elif s.name == "scf.if":
                 self.branch(s)
+            elif s.name == "scf.while":
+                self.repeat(s)
             elif s.results:
                 self.set(s.results, [self.scalar(s)])
         return []
+
+    def jump(self, s: Statement, body: list[Statement]) -> int:
+        """Where a branch goes on; past an early return where its condition is not known."""
+        labels = re.findall(r"\^\w+", s.text)
+        taken = labels[0]
+        if s.name == "cf.cond_br" and not self.values.get(s.operands[0]):
+            taken = labels[1]
+        return next((i for i, other in enumerate(body) if other.name == taken), len(body))
+
+    def repeat(self, s: Statement) -> None:
+        """A while loop: its first region gives the condition, its second the next values."""
+        pairs = re.findall(r"(%[\w$.-]+) = (%[\w$.#-]+)", s.text.split(" : ")[0])
+        names = [inside for inside, _ in pairs]
+        carried = [self.values.get(start) for _, start in pairs]
+        for _ in range(1000):
+            self.set(names, carried)
+            condition, *given = self.run(s.regions[0]) or [None]
+            if condition is None:
+                break
+            if not condition:
+                self.set(s.results, given)
+                return
+            self.set(names, given)
+            carried = self.run(s.regions[1])
+        self.set(s.results, [None] * len(s.results))
 
     def set(self, names: list[str], found: Sequence[_Value | None]) -> None:
         """Gives names their values; those not known are forgotten."""

@@ -52,6 +52,26 @@ def _data_kernel(x_ptr, n_ptr, y_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _search_kernel(x_ptr, ends_ptr, y_ptr, B, BLOCK: tl.constexpr):
+    """Finds its sequence by bisection, returns early past its end, and reads a block a turn."""
+    low, high = 0, B
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if tl.load(ends_ptr + middle) <= tl.program_id(0):
+            low = middle
+        else:
+            high = middle
+    length = tl.load(ends_ptr + low + 1) - tl.load(ends_ptr + low)
+    if length > 100:
+        return
+    cols = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(length):
+        total += tl.load(x_ptr + i.to(tl.int64) * BLOCK + cols)
+    tl.store(y_ptr + cols, total)
+
+
+@triton.jit
 def _product_kernel(a_ptr, b_ptr, c_ptr, K, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     rows, cols, inner = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK)
     acc = tl.zeros([M, N], tl.float32)
@@ -76,7 +96,7 @@ def launched(kernel, target, *args, grid, **options):
 
 def turns_of(launch, compiled, program=0):
     kernel = parse(compiled.asm["ttir"])
-    return trip_counts(kernel, {**launch.arguments, **launch.meta}, launch.grid, (program, 0, 0))
+    return trip_counts(kernel, launch.values(), launch.grid, (program, 0, 0))
 
 
 def test_turns_of_a_grid_stride_loop():
@@ -98,6 +118,13 @@ def test_turns_that_hang_on_a_table_are_read_from_it():
     n = torch.tensor([7], dtype=torch.int32)
     launch, compiled = launched(_data_kernel, 90, X, n, X, grid=(1,), BLOCK=1024)
     assert turns_of(launch, compiled) == [7]
+
+
+def test_turns_after_a_search_and_an_early_return():
+    ends = torch.tensor([0, 3, 10, 12, 500], dtype=torch.int32)
+    launch, compiled = launched(_search_kernel, 90, X, ends, X, 4, grid=(500,), BLOCK=1024)
+    for program, length in ((0, 3), (2, 3), (3, 7), (9, 7), (10, 2), (11, 2), (12, 0), (400, 0)):
+        assert turns_of(launch, compiled, program) == [length]
 
 
 def test_turns_that_hang_on_large_data_are_not_known():
