@@ -240,7 +240,8 @@ def _calls(report: dict[str, Any], ops: Sequence[str]) -> str:
     for op in ops:
         case = typical_case(report, op)
         ours = [c for c in report["calls"] if (c["op"], c["case"]) == (op, case)]
-        for call in sorted(ours, key=lambda c: (c["target"], c["pass"], c["contender"])):
+        order = report["targets"].index
+        for call in sorted(ours, key=lambda c: (order(c["target"]), c["pass"], c["contender"])):
             low, middle, high = call["microseconds"]
             needed = human(call["least_bytes"]) + "B" if "least_bytes" in call else ""
             share = f"{call['roofline_share']:.0%}" if call.get("roofline_share") else ""
@@ -253,7 +254,7 @@ def _calls(report: dict[str, Any], ops: Sequence[str]) -> str:
                 share,
             )
             words = (call["target"], call["pass"], call["contender"])
-            row: list[Cell] = [(op, ""), (case, "small"), *((word, "") for word in words)]
+            row: list[Cell] = [(op, ""), (case, "wide"), *((word, "") for word in words)]
             body.append([*row, *((figure, "n") for figure in figures)])
     return table(header, body)
 
