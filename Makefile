@@ -9,7 +9,7 @@ STAMP := $(VENV)/.fastlm-installed
 DEV_STAMP := $(VENV)/.fastlm-dev-installed
 FASTLM := $(BIN)/fastlm
 
-.PHONY: demo test check compile bench wheel ci clean
+.PHONY: demo test check compile bench snapshot docs wheel ci clean
 
 # The stamps are touched last: an install that was killed half-way is done again.
 $(STAMP): pyproject.toml $(PINS)
@@ -41,6 +41,12 @@ compile: $(STAMP)
 
 bench: $(STAMP)
 	$(FASTLM) bench $(ARGS)
+
+snapshot: $(STAMP)
+	$(FASTLM) bench snapshot --update
+
+docs: $(STAMP)
+	$(FASTLM) bench docs
 
 wheel: $(DEV_STAMP)
 	rm -rf dist

@@ -1,189 +1,433 @@
-"""Fidelity + speed shim for Triton's interpreter, and a switch that runs it without TRITON_INTERPRET (original code).
-tests/conftest.py:      import interp_shim; interp_shim.install()
-in a test / fixture:    with interp_shim.interpreted(): op(cpu_tensor)      # kernels of a normally imported module
-Checked with triton 3.6.0 (numpy < 2.4), 3.7.1, 3.8.0, 3.9.0."""
-from __future__ import annotations
-import contextlib, dataclasses, sys, types
-import numpy as np, torch, triton
+"""Triton's interpreter, made exact: bfloat16 and float8 arithmetic, typed scalars, strictness.
+
+Stock Triton (3.6 to 3.9) computes on bfloat16 blocks as if they were integers, truncates where the
+hardware rounds to nearest even, and accepts programs that the compiler rejects or reads otherwise.
+``install()`` mends this for the process; ``interpreted()`` also runs kernels of modules that were
+imported without TRITON_INTERPRET, so one process can interpret a kernel and compile it.
+"""
+
+import contextlib
+import dataclasses
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import triton
 import triton.language as tl
-from triton.runtime import driver
-from triton.runtime import interpreter as I
+from triton.runtime import driver, interpreter
 from triton.runtime.jit import JITFunction
 
 from ._dispatch import cpu_runner
 
-H, B = I.TensorHandle, I.InterpreterBuilder
-_FP8 = {tl.float8e5: torch.float8_e5m2, tl.float8e4nv: torch.float8_e4m3fn}
-_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "launch_cooperative_grid", "launch_pdl", "debug",
-            "ptx_options", "ir_override", "sanitize_overflow", "extern_libs", "instrumentation_mode", "grid", "warmup"}
+_Handle = interpreter.TensorHandle
+_Builder = interpreter.InterpreterBuilder
+_FLOAT8 = {tl.float8e5: torch.float8_e5m2, tl.float8e4nv: torch.float8_e4m3fn}
+_FLOAT8_ELSEWHERE = (tl.float8e4b15, tl.float8e4b8, tl.float8e5b16)
+_LAUNCH_OPTIONS = {
+    "num_warps",
+    "num_stages",
+    "num_ctas",
+    "maxnreg",
+    "enable_fp_fusion",
+    "launch_cooperative_grid",
+    "launch_pdl",
+    "debug",
+    "ptx_options",
+    "ir_override",
+    "sanitize_overflow",
+    "extern_libs",
+    "instrumentation_mode",
+    "grid",
+    "warmup",
+}
 
-# ---------------------------------------------------------------------------------------------- number formats
-def bf16_to_f32(u): return (np.asarray(u).astype(np.uint32) << 16).view(np.float32)
 
-def f32_to_bf16(f, rtz=False):                     # nearest even; NaN stays NaN
-    f = np.ascontiguousarray(f, np.float32); u = f.view(np.uint32)
-    r = u if rtz else u + (np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1)))
-    r = np.where(np.isnan(f), np.uint32(0x7FFF0000) | (u & np.uint32(0x80000000)), r)
-    return (r >> np.uint32(16)).astype(np.uint16)
+# --- number formats -----------------------------------------------------------------------------
 
-def to_tf32(f):
-    f = np.ascontiguousarray(f, np.float32); u = f.view(np.uint32)
-    return np.where(np.isfinite(f), (u + np.uint32(0x0FFF) + ((u >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000), u).view(np.float32)
 
-def _bf(h): return h.dtype.scalar == tl.bfloat16
-def _up(h): return H(bf16_to_f32(h.data), tl.float32) if _bf(h) else h
-def _down(h): return H(f32_to_bf16(h.data), tl.bfloat16)
-def _fp8_to_f32(h): return torch.from_numpy(np.ascontiguousarray(h.data)).view(_FP8[h.dtype.scalar]).float().numpy()
-def _f32_to_fp8(f, d):
-    t = torch.from_numpy(np.ascontiguousarray(f, np.float32)); m = torch.finfo(_FP8[d]).max
-    return t.clamp(-m, m).to(_FP8[d]).view(torch.uint8).numpy()                # PTX cvt.satfinite
+def bf16_to_f32(bits: Any) -> np.ndarray:
+    """Float32 values of bfloat16 bit patterns in uint16."""
+    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
 
-def install(emulate_tf32=False, check_int_overflow=False):
-    if getattr(B, "_fastlm", False): return
-    B._fastlm = True
-    o_bin, o_un, o_fma, o_cast, o_f2f, o_rmw, o_print, o_dot = (B.binary_op, B.unary_op, B.create_fma, B.cast_impl,
-        B.create_fp_to_fp, B.create_atomic_rmw, B.create_print, B.create_dot)
 
-    def binary_op(self, l, r, op):
-        if not (_bf(l) and _bf(r)): return o_bin(self, l, r, op)
-        out = op(bf16_to_f32(l.data), bf16_to_f32(r.data))
-        return H(out, tl.int1) if out.dtype == np.bool_ else H(f32_to_bf16(out), tl.bfloat16)
-    B.binary_op = binary_op
-    B.unary_op = lambda self, a, op: _down(o_un(self, _up(a), op)) if _bf(a) else o_un(self, a, op)
-    B.create_minnumf = lambda self, l, r: self.binary_op(l, r, np.fmin)         # 3.6/3.7: NaN propagated, unlike the GPU
-    B.create_maxnumf = lambda self, l, r: self.binary_op(l, r, np.fmax)
+def f32_to_bf16(values: Any, truncate: bool = False) -> np.ndarray:
+    """Bit patterns of the nearest bfloat16, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = bits
+    if not truncate:
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        rounded = bits + (np.uint32(0x7FFF) + odd)
+    nan = np.uint32(0x7FFF0000) | (bits & np.uint32(0x80000000))
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return (np.where(is_nan, nan, rounded) >> np.uint32(16)).astype(np.uint16)
 
-    def create_fma(self, x, y, z):                                              # one rounding, like the GPU
-        if z.data.dtype == np.float64: return o_fma(self, x, y, z)
-        a, b, c = (_up(t).data.astype(np.float64) for t in (x, y, z)); d = a * b + c
-        return H(f32_to_bf16(d.astype(np.float32)), tl.bfloat16) if _bf(z) else H(d.astype(z.data.dtype), z.dtype.scalar)
-    B.create_fma = create_fma
 
-    def cast_impl(self, src, dst):
-        s, d = src.dtype.scalar, dst.scalar
-        if s == d: return src
-        if s == tl.bfloat16: return _up(src) if d == tl.float32 else cast_impl(self, _up(src), dst)
-        if d == tl.bfloat16: return _down(H(src.data.astype(np.float32), tl.float32))
-        return o_cast(self, src, dst)
-    B.cast_impl = cast_impl
+def to_tf32(values: Any) -> np.ndarray:
+    """Float32 values rounded to the 10 bits of mantissa that tf32 keeps."""
+    values = np.ascontiguousarray(values, np.float32)
+    bits = values.view(np.uint32)
+    odd = (bits >> np.uint32(13)) & np.uint32(1)
+    rounded = (bits + np.uint32(0x0FFF) + odd) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(values), rounded, bits).view(np.float32)
 
-    def create_fp_to_fp(self, src, dst, mode):
-        s, d, rtz = src.dtype.scalar, dst.scalar, mode == I._ir.ROUNDING_MODE.RTZ
-        if s in _FP8: return cast_impl(self, H(_fp8_to_f32(src), tl.float32), dst)
-        if d in _FP8 and not rtz: return H(_f32_to_fp8(_up(src).data, d), d)
-        if d == tl.bfloat16: return H(f32_to_bf16(src.data, rtz), d)
-        return o_f2f(self, src, dst, mode)
-    B.create_fp_to_fp = create_fp_to_fp
-    B.get_bf16 = lambda self, v: H(f32_to_bf16(np.array([v], np.float32)), tl.bfloat16)
 
-    def create_dot(self, a, b, d, prec, *rest):
-        f = lambda h: _fp8_to_f32(h) if h.dtype.scalar in _FP8 else _up(h).data
-        if not d.dtype.is_floating() or d.data.dtype == np.float64 or a.dtype.scalar in (tl.float8e4b15, tl.float8e4b8, tl.float8e5b16):
-            return o_dot(self, a, b, d, prec, *rest)
-        x, y = f(a).astype(np.float32, copy=False), f(b).astype(np.float32, copy=False)    # one BLAS sgemm, products exact
-        if emulate_tf32 and a.dtype.scalar == tl.float32 and prec == I._ir.INPUT_PRECISION.TF32: x, y = to_tf32(x), to_tf32(y)
+def _is_bf16(handle: Any) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _up(handle: Any) -> Any:
+    """A bfloat16 handle in float32; any other as it is."""
+    return _Handle(bf16_to_f32(handle.data), tl.float32) if _is_bf16(handle) else handle
+
+
+def _down(handle: Any) -> Any:
+    return _Handle(f32_to_bf16(handle.data), tl.bfloat16)
+
+
+def _float8_to_f32(handle: Any) -> np.ndarray:
+    bits = torch.from_numpy(np.ascontiguousarray(handle.data))
+    return bits.view(_FLOAT8[handle.dtype.scalar]).float().numpy()
+
+
+def _f32_to_float8(values: Any, dtype: Any) -> np.ndarray:
+    floats = torch.from_numpy(np.ascontiguousarray(values, np.float32))
+    largest = torch.finfo(_FLOAT8[dtype]).max
+    saturated = floats.clamp(-largest, largest)  # PTX: cvt.satfinite
+    return saturated.to(_FLOAT8[dtype]).view(torch.uint8).numpy()
+
+
+# --- installation -------------------------------------------------------------------------------
+
+
+def install(emulate_tf32: bool = False, check_int_overflow: bool = False) -> None:
+    """Makes the interpreter of this process exact and strict. A second call changes nothing.
+
+    Args:
+        emulate_tf32: Round the inputs of float32 products to tf32 where the kernel asks for it.
+        check_int_overflow: Raise where a 32-bit product overflows, and honour device_assert.
+    """
+    if getattr(_Builder, "_fastlm", False):
+        return
+    _Builder._fastlm = True
+    _mend_arithmetic()
+    _mend_casts()
+    _mend_products(emulate_tf32)
+    _mend_atomics()
+    _mend_reductions()
+    _mend_scalars()
+    _be_strict(check_int_overflow)
+    _be_quick()
+
+
+def _mend_arithmetic() -> None:
+    """Operators on bfloat16, NaN in minimum and maximum, and one rounding in fma."""
+    stock_binary, stock_unary = _Builder.binary_op, _Builder.unary_op
+    stock_fma, stock_print = _Builder.create_fma, _Builder.create_print
+
+    def binary_op(self, left, right, op):
+        if not (_is_bf16(left) and _is_bf16(right)):
+            return stock_binary(self, left, right, op)
+        out = op(bf16_to_f32(left.data), bf16_to_f32(right.data))
+        if out.dtype == np.bool_:
+            return _Handle(out, tl.int1)
+        return _Handle(f32_to_bf16(out), tl.bfloat16)
+
+    def unary_op(self, arg, op):
+        if _is_bf16(arg):
+            return _down(stock_unary(self, _up(arg), op))
+        return stock_unary(self, arg, op)
+
+    def create_fma(self, x, y, z):
+        if z.data.dtype == np.float64:
+            return stock_fma(self, x, y, z)
+        a, b, c = (_up(t).data.astype(np.float64) for t in (x, y, z))
+        exact = a * b + c  # the product of two float32 is exact in float64
+        if _is_bf16(z):
+            return _Handle(f32_to_bf16(exact.astype(np.float32)), tl.bfloat16)
+        return _Handle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    _Builder.binary_op = binary_op
+    _Builder.unary_op = unary_op
+    _Builder.create_fma = create_fma
+    # Triton 3.6 and 3.7 propagate NaN here, GPUs do not.
+    _Builder.create_minnumf = lambda self, left, right: self.binary_op(left, right, np.fmin)
+    _Builder.create_maxnumf = lambda self, left, right: self.binary_op(left, right, np.fmax)
+    _Builder.create_print = lambda self, prefix, hexadecimal, values, signed: stock_print(
+        self, prefix, hexadecimal, [_up(v) for v in values], signed
+    )
+
+
+def _mend_casts() -> None:
+    """Conversions from and to bfloat16 and float8."""
+    stock_cast, stock_float_cast = _Builder.cast_impl, _Builder.create_fp_to_fp
+
+    def cast_impl(self, src, dst_type):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == target:
+            return src
+        if source == tl.bfloat16:
+            return _up(src) if target == tl.float32 else cast_impl(self, _up(src), dst_type)
+        if target == tl.bfloat16:
+            return _down(_Handle(src.data.astype(np.float32), tl.float32))
+        return stock_cast(self, src, dst_type)
+
+    def create_fp_to_fp(self, src, dst_type, rounding):
+        source, target = src.dtype.scalar, dst_type.scalar
+        toward_zero = rounding == interpreter._ir.ROUNDING_MODE.RTZ
+        if source in _FLOAT8:
+            return cast_impl(self, _Handle(_float8_to_f32(src), tl.float32), dst_type)
+        if target in _FLOAT8 and not toward_zero:
+            return _Handle(_f32_to_float8(_up(src).data, target), target)
+        if target == tl.bfloat16:
+            return _Handle(f32_to_bf16(src.data, toward_zero), target)
+        return stock_float_cast(self, src, dst_type, rounding)
+
+    _Builder.cast_impl = cast_impl
+    _Builder.create_fp_to_fp = create_fp_to_fp
+    _Builder.get_bf16 = lambda self, value: _Handle(
+        f32_to_bf16(np.array([value], np.float32)), tl.bfloat16
+    )
+
+
+def _mend_products(emulate_tf32: bool) -> None:
+    """tl.dot of half-precision inputs: exact products, summed in float32."""
+    stock_dot = _Builder.create_dot
+
+    def as_f32(handle):
+        values = _float8_to_f32(handle) if handle.dtype.scalar in _FLOAT8 else _up(handle).data
+        return values.astype(np.float32, copy=False)
+
+    def create_dot(self, a, b, d, precision, *rest):
+        integer_or_double = not d.dtype.is_floating() or d.data.dtype == np.float64
+        if integer_or_double or a.dtype.scalar in _FLOAT8_ELSEWHERE:
+            return stock_dot(self, a, b, d, precision, *rest)
+        x, y = as_f32(a), as_f32(b)
+        tf32 = interpreter._ir.INPUT_PRECISION.TF32
+        if emulate_tf32 and a.dtype.scalar == tl.float32 and precision == tf32:
+            x, y = to_tf32(x), to_tf32(y)
         out = np.matmul(x, y) + _up(d).data.astype(np.float32, copy=False)
-        return H(f32_to_bf16(out), tl.bfloat16) if _bf(d) else H(out.astype(d.data.dtype, copy=False), d.dtype.scalar)
-    B.create_dot = create_dot
+        if _is_bf16(d):
+            return _Handle(f32_to_bf16(out), tl.bfloat16)
+        return _Handle(out.astype(d.data.dtype, copy=False), d.dtype.scalar)
 
-    def create_atomic_rmw(self, op, ptr, val, mask, sem, scope):
-        if not _bf(val): return o_rmw(self, op, ptr, val, mask, sem, scope)
-        A = I._ir.ATOMIC_OP; fn = {A.FADD: np.add, A.XCHG: lambda a, b: b}[op]
-        shape = np.broadcast_shapes(ptr.data.shape, val.data.shape, mask.data.shape)
-        p, v, m = (np.array(np.broadcast_to(t.data, shape)).reshape(-1) for t in (ptr, val, mask))
-        old, one, z = np.zeros(p.size, np.uint16), np.ones(1, bool), np.zeros(1, np.uint16)
-        for i in np.flatnonzero(m):
-            old[i:i + 1] = I._interpreter.load(p[i:i + 1], one, z, np.dtype(np.uint16))
-            I._interpreter.store(p[i:i + 1], f32_to_bf16(fn(bf16_to_f32(old[i:i + 1]), bf16_to_f32(v[i:i + 1]))), one)
-        return H(old.reshape(shape), tl.bfloat16)
-    B.create_atomic_rmw = create_atomic_rmw
-    B.create_print = lambda self, p, h, vals, s: o_print(self, p, h, [_up(v) for v in vals], s)
+    _Builder.create_dot = create_dot
 
-    R, S = I.ReduceOps, I.ScanOps                                               # sum/max/argmax/cumsum of bf16 blocks
-    def lift(fn):
-        def down(self, t):
-            if t.dtype.scalar != tl.float32: return t                            # indices
-            u = f32_to_bf16(t.handle.data); return self.to_tensor(u if t.type.is_block() else u[0], tl.bfloat16)
-        def inner(self, x, *a, **k):
-            y0 = x[0] if isinstance(x, tuple) else x
-            if y0.dtype.scalar != tl.bfloat16: return fn(self, x, *a, **k)
-            y = fn(self, self.to_tensor(bf16_to_f32(y0.handle.data), tl.float32), *a, **k)
-            return type(y)(down(self, t) for t in y) if isinstance(y, (list, tuple)) else down(self, y)
+
+def _mend_atomics() -> None:
+    """Atomic addition and exchange of bfloat16."""
+    stock_rmw = _Builder.create_atomic_rmw
+
+    def create_atomic_rmw(self, op, ptr, value, mask, sem, scope):
+        if not _is_bf16(value):
+            return stock_rmw(self, op, ptr, value, mask, sem, scope)
+        kinds = interpreter._ir.ATOMIC_OP
+        combine: Any = {kinds.FADD: np.add, kinds.XCHG: lambda old, new: new}[op]
+        shape = np.broadcast_shapes(ptr.data.shape, value.data.shape, mask.data.shape)
+        pointers, values, wanted = (
+            np.array(np.broadcast_to(t.data, shape)).reshape(-1) for t in (ptr, value, mask)
+        )
+        before = np.zeros(pointers.size, np.uint16)
+        one, zero = np.ones(1, bool), np.zeros(1, np.uint16)
+        memory = interpreter._interpreter
+        for i in np.flatnonzero(wanted):
+            lane = slice(i, i + 1)
+            before[lane] = memory.load(pointers[lane], one, zero, np.dtype(np.uint16))
+            after = combine(bf16_to_f32(before[lane]), bf16_to_f32(values[lane]))
+            memory.store(pointers[lane], f32_to_bf16(after), one)
+        return _Handle(before.reshape(shape), tl.bfloat16)
+
+    _Builder.create_atomic_rmw = create_atomic_rmw
+
+
+def _mend_reductions() -> None:
+    """Sums, extrema and scans of bfloat16 blocks."""
+    reduce, scan = interpreter.ReduceOps, interpreter.ScanOps
+
+    def lifted(stock):
+        def down(self, out):
+            if out.dtype.scalar != tl.float32:  # the indices of an argmax
+                return out
+            bits = f32_to_bf16(out.handle.data)
+            return self.to_tensor(bits if out.type.is_block() else bits[0], tl.bfloat16)
+
+        def inner(self, given, *args, **kwargs):
+            first = given[0] if isinstance(given, tuple) else given
+            if first.dtype.scalar != tl.bfloat16:
+                return stock(self, given, *args, **kwargs)
+            wide = self.to_tensor(bf16_to_f32(first.handle.data), tl.float32)
+            out = stock(self, wide, *args, **kwargs)
+            if isinstance(out, (list, tuple)):
+                return type(out)(down(self, t) for t in out)
+            return down(self, out)
+
         return inner
-    R.sum, R.min_max, S.cumsum, S.cumprod = lift(R.sum), lift(R.min_max), lift(S.cumsum), lift(S.cumprod)
 
-    o_cvt = I._implicit_cvt                                                      # scalars typed as the launcher types them
-    def implicit_cvt(a):
-        if isinstance(a, bool): return tl.tensor(H(np.array([a], np.bool_), tl.int1), tl.int1)
-        if isinstance(a, float): return tl.tensor(H(np.array([a], np.float32), tl.float32), tl.float32)
-        return o_cvt(a)
-    I._implicit_cvt = implicit_cvt
+    reduce.sum, reduce.min_max = lifted(reduce.sum), lifted(reduce.min_max)
+    scan.cumsum, scan.cumprod = lifted(scan.cumsum), lifted(scan.cumprod)
 
-    # ---- strictness: what the compiler rejects and the interpreter silently gets wrong
-    o_plt = I._patch_lang_tensor
+
+def _mend_scalars() -> None:
+    """Scalar arguments get the types that the launcher gives them."""
+    stock_convert = interpreter._implicit_cvt
+
+    def implicit_cvt(arg):
+        if isinstance(arg, bool):
+            return tl.tensor(_Handle(np.array([arg], np.bool_), tl.int1), tl.int1)
+        if isinstance(arg, float):
+            return tl.tensor(_Handle(np.array([arg], np.float32), tl.float32), tl.float32)
+        return stock_convert(arg)
+
+    interpreter._implicit_cvt = implicit_cvt
+
+
+def _be_strict(check_int_overflow: bool) -> None:
+    """Refuses what the compiler refuses and the interpreter silently gets wrong."""
+    stock_patch_tensor = interpreter._patch_lang_tensor
+    stock_call = interpreter.GridExecutor.__call__
+    triton_itself = ("triton.language.semantic", "triton.language.core")
+
+    def truth(self):
+        if self.handle.data.size != 1:
+            if sys._getframe(1).f_globals.get("__name__") in triton_itself:
+                return True
+            raise TypeError(
+                "truth value of a block: use &, |, ~ (not and, or, not, if, chained comparison)"
+            )
+        return bool(self.handle.data.reshape(-1)[0])
+
+    def index(self):  # Triton 3.6 with numpy 2.4
+        return int(np.asarray(self.handle.data).reshape(-1)[0])
+
     def patch_lang_tensor(tensor, scope):
-        o_plt(tensor, scope)
-        def strict_bool(self):
-            if self.handle.data.size != 1:
-                if sys._getframe(1).f_globals.get("__name__") in ("triton.language.semantic", "triton.language.core"): return True
-                raise TypeError("truth value of a block: use &, |, ~ (not and/or/not/if/chained compare)")
-            return bool(self.handle.data.reshape(-1)[0])
-        scope.set_attr(tensor, "__bool__", strict_bool)
-        scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).reshape(-1)[0]))   # 3.6 + numpy 2.4
-    I._patch_lang_tensor = patch_lang_tensor
-    o_grid = I.GridExecutor.__call__
-    def grid_call(self, *a, **k):
-        bad = set(k) - set(self.arg_names) - _OPTIONS
-        if bad: raise KeyError(f"keyword arguments {sorted(bad)} unrecognised")
-        if isinstance(self.grid, list): self.grid = tuple(self.grid)
-        with np.errstate(all="ignore"): return o_grid(self, *a, **k)
-    I.GridExecutor.__call__ = grid_call
-    b = I.interpreter_builder
-    b.codegen_fns["min_dot_size"] = lambda l, r: (1, 1, 32 if l.scalar.primitive_bitwidth == 8 else 16)
-    # sanitize_overflow is on by default: ~6 extra ops per integer op, and the result is thrown away unless debug is on
-    b.options = dataclasses.replace(b.options, sanitize_overflow=check_int_overflow, debug=check_int_overflow)
+        stock_patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__bool__", truth)
+        scope.set_attr(tensor, "__index__", index)
 
-    # ---- speed: patch triton.language once per launch, not on every nested @jit call; always restore
-    o_patch, everything, active = I._patch_lang, types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}), []
+    def call(self, *args, **kwargs):
+        unknown = set(kwargs) - set(self.arg_names) - _LAUNCH_OPTIONS
+        if unknown:
+            raise KeyError(f"keyword arguments {sorted(unknown)} unrecognised")
+        if isinstance(self.grid, list):
+            self.grid = tuple(self.grid)
+        with np.errstate(all="ignore"):
+            return stock_call(self, *args, **kwargs)
+
+    def min_dot_size(left, right):
+        return (1, 1, 32 if left.scalar.primitive_bitwidth == 8 else 16)
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+    interpreter.GridExecutor.__call__ = call
+    builder = interpreter.interpreter_builder
+    builder.codegen_fns["min_dot_size"] = min_dot_size
+    # Stock checks every integer operation, six more operations each, and drops the result.
+    builder.options = dataclasses.replace(
+        builder.options, sanitize_overflow=check_int_overflow, debug=check_int_overflow
+    )
+
+
+def _be_quick() -> None:
+    """Patches triton.language once a launch, not on every nested call; restores it always."""
+    stock_patch, stock_dtype = interpreter._patch_lang, interpreter._get_np_dtype
+    everything = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    active: list[Any] = []
+    numpy_types: dict[str, Any] = {}
+
     class Scope:
-        def __init__(self, inner): self.inner = inner
-        def restore(self):
-            if self.inner is not None: self.inner.restore(); active.pop()
-    def patch_lang(fn):
-        if active: return Scope(None)
-        s = Scope(o_patch(everything)); active.append(s); return s
-    def call(self, *a, **k):
-        s = patch_lang(self.fn)
-        try: return self.rewrite()(*a, **k)
-        finally: s.restore()
-    I._patch_lang, I.InterpretedFunction.__call__ = patch_lang, call
-    o_np, cache = I._get_np_dtype, {}
-    def get_np(t):
-        if isinstance(t, (tl.block_type, tl.pointer_type)): return o_np(t)
-        r = cache.get(t.name)
-        if r is None: r = cache[t.name] = o_np(t)
-        return r
-    I._get_np_dtype = get_np
+        def __init__(self, inner: Any):
+            self.inner = inner
 
-# ------------------------------------------------------------------------ interpreter without TRITON_INTERPRET
-class _NoGpuDriver:                        # @autotune with several configs works: each trial runs, first config wins
-    def get_benchmarker(self): return lambda f, quantiles=None, **_: (f(), [1.0] * 3)[1]
-    def get_current_target(self): return triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, d=None): return 0
-_memo = {}
+        def restore(self) -> None:
+            if self.inner is not None:
+                self.inner.restore()
+                active.pop()
+
+    def patch_lang(function):
+        if active:
+            return Scope(None)
+        active.append(Scope(stock_patch(everything)))
+        return active[-1]
+
+    def call(self, *args, **kwargs):
+        scope = patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        finally:
+            scope.restore()
+
+    def get_np_dtype(kind):
+        if isinstance(kind, (tl.block_type, tl.pointer_type)):
+            return stock_dtype(kind)
+        if kind.name not in numpy_types:
+            numpy_types[kind.name] = stock_dtype(kind)
+        return numpy_types[kind.name]
+
+    interpreter._patch_lang = patch_lang
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter._get_np_dtype = get_np_dtype
+
+
+# --- interpreter without TRITON_INTERPRET -------------------------------------------------------
+
+
+class _NoGpuDriver:
+    """Answers what autotuned kernels ask of a device: every trial runs, and all take as long."""
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        def run_once(call, quantiles=None, **_):
+            call()
+            return [1.0] * 3
+
+        return run_once
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+
+_memo: dict[Any, Any] = {}
+
+
+def _interpreted_function(kernel: JITFunction) -> Any:
+    if kernel.fn not in _memo:
+        _memo[kernel.fn] = interpreter.InterpretedFunction(kernel.fn)
+    return _memo[kernel.fn]
+
 
 @contextlib.contextmanager
-def interpreted():
+def interpreted() -> Iterator[None]:
+    """Inside the block, kernels on CPU tensors run in the interpreter, exact and strict."""
     install()
-    def interp(f):
-        if f.fn not in _memo: _memo[f.fn] = I.InterpretedFunction(f.fn)
-        return _memo[f.fn]
-    saved = JITFunction.__call__, JITFunction.run, driver._active, triton.knobs.runtime.interpret
-    JITFunction.__call__ = lambda self, *a, **k: interp(self)(*a, **k)
-    JITFunction.run = lambda self, *a, grid, warmup, **k: interp(self).run(*a, grid=grid, warmup=warmup, **k)
+
+    def call(self, *args, **kwargs):
+        return _interpreted_function(self)(*args, **kwargs)
+
+    def run(self, *args, grid, warmup, **kwargs):
+        return _interpreted_function(self).run(*args, grid=grid, warmup=warmup, **kwargs)
+
+    before = (
+        JITFunction.__call__,
+        JITFunction.run,
+        driver._active,
+        triton.knobs.runtime.interpret,
+    )
+    JITFunction.__call__, JITFunction.run = call, run
     triton.knobs.runtime.interpret = True
     driver.set_active(_NoGpuDriver())
     try:
-        with cpu_runner("interpreter"): yield
-    finally: JITFunction.__call__, JITFunction.run, driver._active, triton.knobs.runtime.interpret = saved
+        with cpu_runner("interpreter"):
+            yield
+    finally:
+        (
+            JITFunction.__call__,
+            JITFunction.run,
+            driver._active,
+            triton.knobs.runtime.interpret,
+        ) = before

@@ -1,0 +1,141 @@
+"""What needs no GPU to be measured: memory kept for the backward, launches, calls, imports."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from fastlm.kernels import OPS, Op
+
+from .capture import capture_launches
+from .cases import CPU, cases_of, hollow, untouched_memory
+from .contenders import eager_of
+from .table import columns, digits, human
+
+
+def saved_bytes(call: Callable[..., Any], inputs: dict[str, Any]) -> int:
+    """Bytes that the forward keeps for the backward, beyond its inputs and its results.
+
+    Counted exactly, by saved-tensor hooks: each storage once.
+    """
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        results = call(**inputs)
+    there = [t for t in pytree.tree_leaves((inputs, results)) if isinstance(t, Tensor)]
+    for tensor in there:
+        kept.pop(tensor.untyped_storage()._cdata, None)
+    return sum(kept.values())
+
+
+def _typical(op: Op) -> tuple[torch.dtype, Any]:
+    dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else op.dtypes[0]
+    return dtype, op.bench_sizes[len(op.bench_sizes) // 2]
+
+
+def memory_row(op: Op) -> dict[str, Any]:
+    """Bytes kept for the backward, fused and eager, at a typical size; nothing is computed.
+
+    Eager is the reference as PyTorch runs it on CPU tensors, whose choice of kernel and of
+    statistics' dtype can differ from CUDA's.
+    """
+    dtype, size = _typical(op)
+    with untouched_memory(), capture_launches(90):
+        fused = saved_bytes(op.fused, hollow(op, dtype, size))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        eager = saved_bytes(op.reference, op.example(dtype, CPU, **size))
+    cases = cases_of(op, 90, sizes=[size], dtypes=[dtype])
+    return {
+        "op": op.name,
+        "case": cases[0].label if cases else "",
+        "saved": fused,
+        "saved_eager": eager,
+        "launches_forward": sum(not case.backward for case in cases),
+        "launches_backward": sum(case.backward for case in cases),
+    }
+
+
+def call_row(op: Op, calls: int = 2000, rounds: int = 7) -> dict[str, Any]:
+    """Microseconds of a CPU call at the op's smallest size, fused and PyTorch's own, in turns."""
+    inputs = op.example(torch.float32, CPU, **op.sizes[0])
+    given = [v.detach() if isinstance(v, Tensor) else v for v in inputs.values()]
+    best = {"fused": float("inf"), "eager": float("inf")}
+    for _ in range(rounds):
+        for name, function in (("fused", op.fused), ("eager", eager_of(op))):
+            started = time.perf_counter()
+            for _ in range(calls // rounds):
+                function(*given)
+            best[name] = min(best[name], (time.perf_counter() - started) / (calls // rounds))
+    return {
+        "op": op.name,
+        "fused_us": round(best["fused"] * 1e6, 2),
+        "eager_us": round(best["eager"] * 1e6, 2),
+        "over_us": round((best["fused"] - best["eager"]) * 1e6, 2),
+    }
+
+
+def import_seconds(tries: int = 3) -> float:
+    """Seconds of ``import fastlm.kernels`` after torch and triton, the best of several."""
+    code = (
+        "import sys, time, torch, triton; t = time.perf_counter(); import fastlm.kernels; "
+        "print(time.perf_counter() - t)"
+    )
+    found = []
+    for _ in range(tries):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/"
+        )
+        found.append(float(done.stdout))
+    return min(found)
+
+
+def host_report() -> dict[str, Any]:
+    """All of it, for every op."""
+    drop_ins = [op for op in OPS.values() if getattr(op.fused, "dispatch", None) is not None]
+    return {
+        "memory": [memory_row(op) for op in OPS.values()],
+        "calls": [call_row(op) for op in drop_ins],
+        "import_seconds": round(import_seconds(), 3),
+    }
+
+
+def host_table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    header = ("op", "inputs", "kept", "kept by eager", "launches", "backward")
+    memory = [header] + [
+        (
+            row["op"],
+            row["case"],
+            human(row["saved"]) + "B",
+            human(row["saved_eager"]) + "B",
+            str(row["launches_forward"]),
+            str(row["launches_backward"]),
+        )
+        for row in report["memory"]
+    ]
+    calls = [("op", "fused us", "PyTorch us", "over us")] + [
+        (row["op"], *(digits(row[k]) for k in ("fused_us", "eager_us")), f"{row['over_us']:+.2f}")
+        for row in report["calls"]
+    ]
+    return "\n".join(
+        [
+            "Kept for the backward beyond inputs and results, and kernel launches (counted):",
+            *columns(memory, right=(2, 3, 4, 5)),
+            "",
+            "A call on the CPU, smallest size (measured on this machine):",
+            *columns(calls, right=(1, 2, 3)),
+            "",
+            f"import fastlm.kernels after torch and triton: {report['import_seconds']} s",
+        ]
+    )

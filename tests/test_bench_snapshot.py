@@ -1,0 +1,110 @@
+"""The machine-code figures hold against the committed snapshot, and a worse one is named."""
+
+import copy
+import json
+
+import pytest
+import torch
+import triton
+
+from fastlm.bench import docs, snapshot
+from fastlm.bench.host import call_row, import_seconds, memory_row, saved_bytes
+from fastlm.kernels import OPS
+
+KEY = "layer_norm | bfloat16 M=8192 N=4096 | forward | _forward_kernel | sm_90"
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return snapshot.read()
+
+
+@pytest.mark.timeout(600)
+def test_nothing_is_worse_than_the_committed_snapshot(committed):
+    if committed["triton"] != triton.__version__:
+        pytest.skip(f"the snapshot is of triton {committed['triton']}")
+    worse = snapshot.regressions(committed, snapshot.take())
+    assert not worse, "\n".join([*worse, "If this is meant: make snapshot docs"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"spills": 2}, "spills 0 -> 2"),
+        ({"float64": 1}, "float64 0 -> 1"),
+        ({"tensor": {}}, "no HGMMA any more"),
+        ({"blocks_per_sm": 1, "registers": 250}, "registers 40 -> 250"),
+        ({"modelled_us": 104.0}, "modelled time 100.0 -> 104.0 us (+4.0%)"),
+        ({"error": "PTXASError"}, "PTXASError"),
+    ],
+)
+def test_what_becomes_worse_is_named(committed, change, words):
+    old = copy.deepcopy(committed)
+    old["rows"][KEY] |= {"modelled_us": 100.0, "tensor": {"HGMMA": 8}, "registers": 40, "spills": 0}
+    new = copy.deepcopy(old)
+    new["rows"][KEY] |= change
+    (worse,) = snapshot.regressions(old, new)
+    assert worse.startswith(KEY)
+    assert words in worse
+
+
+def test_small_and_better_changes_pass(committed):
+    new = copy.deepcopy(committed)
+    new["rows"][KEY]["modelled_us"] *= 1.02
+    new["rows"][KEY]["registers"] -= 8
+    new["rows"]["another | x | forward | k | sm_90"] = new["rows"][KEY]
+    assert snapshot.regressions(committed, new) == []
+
+
+def test_a_kernel_that_is_gone_is_named(committed):
+    new = copy.deepcopy(committed)
+    del new["rows"][KEY]
+    assert "gone" in snapshot.regressions(committed, new)[0]
+
+
+def test_another_compiler_needs_another_snapshot(committed, tmp_path):
+    with pytest.raises(ValueError, match="take a new one"):
+        snapshot.regressions({**committed, "triton": "1.0"}, committed)
+    with pytest.raises(ValueError, match="there is no snapshot"):
+        snapshot.read(tmp_path / "none.json")
+
+
+def test_a_snapshot_is_read_as_written(committed, tmp_path):
+    file = tmp_path / "snapshot.json"
+    snapshot.write(committed, file)
+    assert snapshot.read(file) == committed
+    assert file.read_text() == snapshot.FILE.read_text()
+    assert json.dumps(KEY) in file.read_text()
+
+
+def test_the_committed_page_is_generated():
+    assert docs.PAGE.read_text() == docs.benchmarks_page()
+    assert "nothing here was timed" in docs.benchmarks_page()
+
+
+# --- memory, launches, calls --------------------------------------------------------------------
+
+
+def test_bytes_kept_are_counted_once_and_without_inputs():
+    x = torch.randn(64, 32, requires_grad=True)
+
+    def twice(x):
+        return torch.exp(x) * torch.tanh(x)  # keeps both factors; exp and tanh keep them too
+
+    assert saved_bytes(twice, {"x": x}) == 2 * 64 * 32 * 4
+    assert saved_bytes(lambda x: x * x, {"x": x}) == 0  # it keeps its input alone
+    assert saved_bytes(lambda x: torch.exp(x), {"x": x}) == 0  # and this its result
+
+
+def test_layer_norm_keeps_two_numbers_a_row():
+    row = memory_row(OPS["layer_norm"])
+    assert row["case"] == "bfloat16 M=8192 N=4096"
+    assert row["saved"] == 8192 * 2 * 4
+    assert (row["launches_forward"], row["launches_backward"]) == (1, 2)
+
+
+def test_calls_and_imports_are_measured():
+    row = call_row(OPS["layer_norm"], calls=70)
+    assert row["fused_us"] > 0
+    assert row["over_us"] == pytest.approx(row["fused_us"] - row["eager_us"], abs=0.02)
+    assert 0 < import_seconds(tries=1) < 5
