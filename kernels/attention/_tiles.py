@@ -1,0 +1,152 @@
+"""Tile shapes by kernel, GPU class and head dimension, and the tile functions that kernels share.
+
+The rows were chosen by compiled code (no spills in the main loops, tensor cores, 16-byte copies,
+shared and tensor memory within the part's limits) and are unmeasured: no row has been timed.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import driver
+
+from .. import _dispatch
+
+
+class Tile(NamedTuple):
+    """A tile of BLOCK_M queries by BLOCK_N keys, and how it is launched."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.m,
+            "BLOCK_N": self.n,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+# (kernel, GPU class, 16-bit) -> {BLOCK_D: tile}; unmeasured
+_TILES: dict[tuple[str, str, bool], dict[int, Tile]] = {
+    ("forward", "a100", True): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
+    ("forward", "hopper", True): {64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
+    ("forward", "blackwell", True): {64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
+    ("forward", "small", True): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    ("forward", "any", False): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
+    ("dkdv", "a100", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 8, 1)},
+    ("dkdv", "hopper", True): {64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(64, 64, 8, 1)},
+    ("dkdv", "blackwell", True): {64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(64, 64, 8, 1)},
+    ("dkdv", "small", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 8, 1)},
+    ("dkdv", "any", False): {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
+    ("dq", "a100", True): {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 1)},
+    ("dq", "hopper", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 1)},
+    ("dq", "blackwell", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 1)},
+    ("dq", "small", True): {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 8, 1)},
+    ("dq", "any", False): {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
+}  # fmt: skip
+
+# Small and unequal, so that a short test has whole tiles, diagonal tiles and a tail of each kind.
+_INTERPRETED = {
+    "forward": Tile(32, 16, 4, 1),
+    "dkdv": Tile(16, 32, 4, 1),
+    "dq": Tile(32, 16, 4, 1),
+}
+
+
+def _class_of(arch: int) -> str:
+    """GPUs with the same tensor cores and about the same shared memory."""
+    if arch == 90:
+        return "hopper"
+    if 100 <= arch < 120:
+        return "blackwell"
+    if arch in (80, 87):
+        return "a100"
+    return "small"  # 86, 89, 120, 121: 99 KiB a block, mma.sync tensor cores
+
+
+@functools.cache
+def _class_of_device(index: int | None) -> str:
+    return _class_of(driver.active.get_current_target().arch)
+
+
+def tile_of(kernel: str, x: Tensor, block_d: int) -> Tile:
+    """The tile that ships for this kernel where ``x`` lives."""
+    if x.is_cuda:
+        gpu = _class_of_device(x.device.index)
+    elif _dispatch._cpu_runner == "interpreter":
+        return _INTERPRETED[kernel]
+    else:
+        gpu = _class_of(driver.active.get_current_target().arch)
+    half = x.dtype != torch.float32
+    return _TILES[kernel, gpu if half else "any", half][max(block_d, 64)]
+
+
+def block_d_of(D: int) -> int:
+    """The tile's width for a head dimension: a power of two that tensor cores take."""
+    return max(16, triton.next_power_of_2(D))
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """``a @ b + acc``: float32 operands as three tf32 products, which keep 22 bits or more."""
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def load_tile(ptrs, rows_seen, dims_seen, CHECK_ROWS: tl.constexpr, CHECK_DIMS: tl.constexpr):
+    """A tile with zeros where a row or a dimension lies outside; the masks have the tile's rank."""
+    if CHECK_ROWS and CHECK_DIMS:
+        x = tl.load(ptrs, mask=rows_seen & dims_seen, other=0.0)
+    elif CHECK_ROWS:
+        x = tl.load(ptrs, mask=rows_seen, other=0.0)
+    elif CHECK_DIMS:
+        x = tl.load(ptrs, mask=dims_seen, other=0.0)
+    else:
+        x = tl.load(ptrs)
+    return x
+
+
+@triton.jit
+def key_range(
+    first, last, left, right, S_k,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """For queries first..last: tiles of keys in [begin, full_begin), [.., full_end), [.., end).
+
+    Query i sees key j where left <= j - i <= right. The middle range needs no mask.
+    """
+    begin = 0
+    full_begin = 0
+    if HAS_LEFT:
+        begin = tl.maximum(first + left, 0) // BLOCK_N * BLOCK_N
+        full_begin = tl.cdiv(tl.maximum(last + left, 0), BLOCK_N) * BLOCK_N
+    end = S_k
+    full_end = S_k // BLOCK_N * BLOCK_N
+    if HAS_RIGHT:
+        end = tl.minimum(S_k, tl.maximum(last + right + 1, 0))
+        full_end = tl.minimum(S_k, tl.maximum(first + right + 1, 0)) // BLOCK_N * BLOCK_N
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def seen_keys(
+    offs_m, offs_n, left, right, S_k, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
+):  # fmt: skip
+    """Which keys each query sees; the limits merge to one integer a row before they spread."""
+    last = S_k - 1
+    if HAS_RIGHT:
+        last = tl.minimum(offs_m + right, last)
+        seen = offs_n <= last
+    else:
+        seen = offs_n <= last
+    if HAS_LEFT:
+        seen = seen & (offs_n >= offs_m + left)
+    return seen
