@@ -44,7 +44,7 @@ _TILES: dict[tuple[str, str, bool], dict[int, Tile]] = {
     ("dkdv", "a100", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 8, 1)},
     ("dkdv", "hopper", True): {64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(64, 64, 8, 1)},
     ("dkdv", "blackwell", True): {64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(64, 64, 8, 1)},
-    ("dkdv", "small", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 8, 1)},
+    ("dkdv", "small", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
     ("dkdv", "any", False): {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
     ("dq", "a100", True): {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 1)},
     ("dq", "hopper", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 1)},

@@ -5,7 +5,7 @@ With p = e^(scale q k^T - lse), recomputed a tile at a time:
     delta = sum_d do o - dlse        dv = p^T do        ds = p (do v^T - delta)
     dq = scale ds k                  dk = scale ds^T q
 
-One kernel finds delta, one dk and dv (a program owns a tile of keys and reads every query that
+One kernel finds what belongs to a row, one dk and dv (a program owns a tile of keys and reads every query that
 sees it, over all query heads of its KV head), one dq. Each sum has one owner and one order, so two
 runs agree to the bit. The price is 7 matrix products where 5 would do.
 """
@@ -24,13 +24,13 @@ from .forward import LOG2_E, band, rows_strided
 
 
 @triton.jit
-def _delta_kernel(
-    o_ptr, do_ptr, dlse_ptr, delta_ptr,
+def _rows_kernel(
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr,
     stride_ob, stride_om, stride_oh, stride_dob, stride_dom, stride_doh,
     stride_lb, stride_lh, stride_lm, H, S_q,
     HAS_DLSE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta of BLOCK_M queries of one head."""
+    """What the other kernels read of BLOCK_M queries of one head: delta, and lse in base 2."""
     tiles = tl.cdiv(S_q, BLOCK_M)
     pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
     b = pid_bh // H
@@ -50,20 +50,23 @@ def _delta_kernel(
     if HAS_DLSE:
         dlse_ptrs = dlse_ptr + b * stride_lb + h * stride_lh + rows * stride_lm
         delta -= tl.load(dlse_ptrs, mask=mask_m, other=0.0)
-    tl.store(delta_ptr + pid_bh * S_q + rows, delta, mask=mask_m)
+    offsets = pid_bh * S_q + rows
+    lse = tl.load(lse_ptr + offsets, mask=mask_m, other=0.0)
+    # a row that saw no key: p = 2^(s - inf) = 0
+    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    tl.store(lse2_ptr + offsets, lse2, mask=mask_m)
+    tl.store(delta_ptr + offsets, delta, mask=mask_m)
 
 
 @triton.jit
 def _load_stats(lse_ptrs, delta_ptrs, mask_m, MASKED: tl.constexpr):
-    """lse in base 2 and delta of a tile of rows; +inf where a row sees no key, so that p is 0."""
+    """The base-2 lse and delta of a tile of rows; past the last row +inf, so that p is 0."""
     if MASKED:
-        lse = tl.load(lse_ptrs, mask=mask_m, other=float("-inf"))
+        lse = tl.load(lse_ptrs, mask=mask_m, other=float("inf"))
         delta = tl.load(delta_ptrs, mask=mask_m, other=0.0)
-        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
     else:
         lse = tl.load(lse_ptrs)
         delta = tl.load(delta_ptrs)
-        lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
     return lse, delta
 
 
@@ -327,10 +330,11 @@ def backward(
         "HEAD_DIM": D,
         "BLOCK_D": block_d,
     }
-    delta = torch.empty_like(lse)
+    lse = lse.contiguous()
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     block_m = min(64, max(16, 8192 // block_d))
-    _delta_kernel[(triton.cdiv(S_q, block_m) * B * H,)](
-        o, do, dlse, delta,
+    _rows_kernel[(triton.cdiv(S_q, block_m) * B * H,)](
+        o, do, lse, dlse, lse2, delta,
         *o.stride()[:3], *do.stride()[:3], *(dlse.stride() if dlse is not None else (0, 0, 0)),
         H, S_q,
         HAS_DLSE=dlse is not None, HEAD_DIM=D, BLOCK_D=block_d, BLOCK_M=block_m, num_warps=4,
@@ -338,7 +342,7 @@ def backward(
     if wants_dkdv:
         tile = tile_of("dkdv", q, block_d)
         _dkdv_kernel[(triton.cdiv(S_k, tile.n) * B * H_kv,)](
-            q, k, v, do, lse, delta, dk, dv,
+            q, k, v, do, lse2, delta, dk, dv,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
             H_kv, S_q, S_k, left or 0, right or 0, scale,
             **flags, **tile.options(),
@@ -346,7 +350,7 @@ def backward(
     if wants_dq:
         tile = tile_of("dq", q, block_d)
         _dq_kernel[(triton.cdiv(S_q, tile.m) * B * H,)](
-            q, k, v, do, lse, delta, dq,
+            q, k, v, do, lse2, delta, dq,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
             H, S_q, S_k, left or 0, right or 0, scale,
             **flags, **tile.options(),

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._dispatch import dispatched
 from .._op import Inputs, Op
@@ -21,9 +22,10 @@ def reference(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Scaled dot-product attention in eager PyTorch."""
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
 
 
 # --- public -------------------------------------------------------------------------------------
