@@ -120,16 +120,7 @@ def test_logits_of_minus_infinity_hide_keys():
         given["k"][:, 25:] = -math.inf
         given["v"].abs_()
     o = flash_attention(**given)
-    want = (
-        F.scaled_dot_product_attention(
-            *(
-                given[n].detach().double()[:, :25] if n != "q" else given[n].detach().double()
-                for n in "qkv"
-            )
-        )
-        if False
-        else OP.reference(given["q"], given["k"][:, :25], given["v"][:, :25])
-    )
+    want = OP.reference(given["q"], given["k"][:, :25], given["v"][:, :25])
     torch.testing.assert_close(o, want)
 
 
