@@ -329,7 +329,7 @@ def test_autocast_is_pytorchs(dtype):
         ),
         (
             {"q": torch.randn(1, 5, 3, 16)},
-            r"k must have a number of heads that divides q's, 3; got 2",
+            r"k's number of heads must divide q's, 3; got 2",
         ),
         (
             {"k": torch.randn(1, 33, 2, 16).half()},
@@ -339,9 +339,9 @@ def test_autocast_is_pytorchs(dtype):
 )
 def test_refusals(change, message, kernels_on):
     given = inputs(H=2) | change
-    with cpu_runner("interpreter" if kernels_on else None):
-        with pytest.raises(ValueError, match=f"flash_attention: {message}"):
-            flash_attention(**given)
+    runner = cpu_runner("interpreter" if kernels_on else None)
+    with runner, pytest.raises(ValueError, match=f"flash_attention: {message}"):
+        flash_attention(**given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64])
@@ -353,3 +353,21 @@ def test_float64_and_wide_heads_run_pytorch(dtype):
     assert "head dimension 300" in explain(flash_attention, wide, wide, wide)
     with backend("triton"), pytest.raises(RuntimeError, match="head dimension 300"):
         flash_attention(wide, wide, wide)
+
+
+@pytest.mark.parametrize("kernels_on", [True, False])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("window_size", (4, 0)),
+        ("softcap", 30.0),
+        ("alibi_slopes", torch.ones(2)),
+        ("sinks", torch.ones(2)),
+        ("bias", torch.ones(33, 33)),
+        ("dropout_p", 0.1),
+    ],
+)
+def test_options_without_a_kernel_are_refused(option, value, kernels_on):
+    runner = cpu_runner("interpreter" if kernels_on else None)
+    with runner, pytest.raises(ValueError, match=f"flash_attention: {option} must be"):
+        flash_attention(**inputs(H=2), **{option: value})

@@ -34,24 +34,59 @@ class Tile(NamedTuple):
         }
 
 
-# (kernel, GPU class, 16-bit) -> {BLOCK_D: tile}; unmeasured
-_TILES: dict[tuple[str, str, bool], dict[int, Tile]] = {
-    ("forward", "a100", True): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
-    ("forward", "hopper", True): {64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
-    ("forward", "blackwell", True): {64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
-    ("forward", "small", True): {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
-    ("forward", "any", False): {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
-    ("dkdv", "a100", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 8, 1)},
-    ("dkdv", "hopper", True): {64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(64, 64, 8, 1)},
-    ("dkdv", "blackwell", True): {64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(64, 64, 8, 1)},
-    ("dkdv", "small", True): {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-    ("dkdv", "any", False): {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
-    ("dq", "a100", True): {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 1)},
-    ("dq", "hopper", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 1)},
-    ("dq", "blackwell", True): {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 64, 8, 1)},
-    ("dq", "small", True): {64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 8, 1)},
-    ("dq", "any", False): {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(32, 16, 8, 1)},
+# (kernel, GPU class) -> {BLOCK_D: tile} for 16-bit inputs; unmeasured
+_HALF: dict[tuple[str, str], dict[int, Tile]] = {
+    ("forward", "a100"): {
+        64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2),
+    },
+    ("forward", "hopper"): {
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2),
+    },
+    ("forward", "blackwell"): {
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2),
+    },
+    ("forward", "small"): {
+        64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2),
+    },
+    ("dkdv", "a100"): {
+        64: Tile(64, 64, 4, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 2),
+    },
+    ("dkdv", "hopper"): {
+        64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(64, 32, 8, 2),
+    },
+    ("dkdv", "blackwell"): {
+        64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2),
+    },
+    ("dkdv", "small"): {
+        64: Tile(32, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2),
+    },
+    ("dq", "a100"): {
+        64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2),
+    },
+    ("dq", "hopper"): {
+        64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2),
+    },
+    ("dq", "blackwell"): {
+        64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2),
+    },
+    ("dq", "small"): {
+        64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2),
+    },
 }  # fmt: skip
+
+# Where D is not BLOCK_D the masks of the loads take registers: smaller tiles; unmeasured
+_HALF_PADDED: dict[tuple[str, str, int], Tile] = {
+    ("forward", "small", 128): Tile(128, 32, 8, 2),
+    ("dkdv", "a100", 128): Tile(64, 64, 8, 2),
+    ("dkdv", "hopper", 128): Tile(64, 64, 8, 2),
+}
+
+# float32 goes through three tf32 products, which hold both halves of each operand; unmeasured
+_FLOAT: dict[str, dict[int, Tile]] = {
+    "forward": {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 8, 1)},
+    "dkdv": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "dq": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
 
 # Small and unequal, so that a short test has whole tiles, diagonal tiles and a tail of each kind.
 _INTERPRETED = {
@@ -77,16 +112,22 @@ def _class_of_device(index: int | None) -> str:
     return _class_of(driver.active.get_current_target().arch)
 
 
-def tile_of(kernel: str, x: Tensor, block_d: int) -> Tile:
-    """The tile that ships for this kernel where ``x`` lives."""
+def _gpu_class(x: Tensor) -> str:
     if x.is_cuda:
-        gpu = _class_of_device(x.device.index)
-    elif _dispatch._cpu_runner == "interpreter":
+        return _class_of_device(x.device.index)
+    return _class_of(driver.active.get_current_target().arch)
+
+
+def tile_of(kernel: str, x: Tensor, block_d: int) -> Tile:
+    """The tile that ships for this kernel on the GPU where ``x`` (..., D) lives."""
+    if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
         return _INTERPRETED[kernel]
-    else:
-        gpu = _class_of(driver.active.get_current_target().arch)
-    half = x.dtype != torch.float32
-    return _TILES[kernel, gpu if half else "any", half][max(block_d, 64)]
+    row = max(block_d, 64)
+    if x.dtype == torch.float32:
+        return _FLOAT[kernel][row]
+    gpu = _gpu_class(x)
+    tile = _HALF[kernel, gpu][row]
+    return tile if x.shape[-1] == block_d else _HALF_PADDED.get((kernel, gpu, row), tile)
 
 
 def block_d_of(D: int) -> int:

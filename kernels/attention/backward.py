@@ -5,9 +5,9 @@ With p = e^(scale q k^T - lse), recomputed a tile at a time:
     delta = sum_d do o - dlse        dv = p^T do        ds = p (do v^T - delta)
     dq = scale ds k                  dk = scale ds^T q
 
-One kernel finds what belongs to a row, one dk and dv (a program owns a tile of keys and reads every query that
-sees it, over all query heads of its KV head), one dq. Each sum has one owner and one order, so two
-runs agree to the bit. The price is 7 matrix products where 5 would do.
+One kernel finds what belongs to a row, one dk and dv (a program owns a tile of keys and reads
+every query that sees it, over all query heads of its KV head), one dq. Each sum has one owner and
+one order, so two runs agree to the bit. The price is 7 matrix products where 5 would do.
 """
 
 from collections.abc import Sequence

@@ -143,7 +143,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if k.shape[2] == 0 or H % k.shape[2]:
         raise ValueError(
-            f"flash_attention: k must have a number of heads that divides q's, {H}; got {k.shape[2]}"
+            f"flash_attention: k's number of heads must divide q's, {H}; got {k.shape[2]}"
         )
     if (k.dtype != q.dtype or v.dtype != q.dtype) and not torch.is_autocast_enabled(q.device.type):
         raise ValueError(

@@ -159,7 +159,7 @@ def forward_fake(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, left: int | None, right: int | None
 ) -> tuple[Tensor, Tensor]:
-    """o and lse of q (B, S_q, H, D) over k, v (B, S_k, H_kv, D), keys left <= j - i <= right."""
+    """Attention of q (B, S_q, H, D) over k, v (B, S_k, H_kv, D): o and lse."""
     o, lse = forward_fake(q, k, v, scale, left, right)
     B, S_q, H, D = q.shape
     S_k, H_kv = k.shape[1], k.shape[2]

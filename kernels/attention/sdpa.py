@@ -52,7 +52,7 @@ def _uncovered(
     if k.shape[-1] != q.shape[-1] or v.shape[-2] != k.shape[-2]:
         return f"shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)} do not fit"
     H, H_kv = q.shape[-3], k.shape[-3]
-    if v.shape[-3] != H_kv or (H != H_kv and not (enable_gqa and H_kv and H % H_kv == 0)):
+    if v.shape[-3] != H_kv or (H_kv != H and not (enable_gqa and H_kv and H % H_kv == 0)):
         return f"query has {H} heads, key {H_kv}, value {v.shape[-3]}, enable_gqa is {enable_gqa}"
     batches = {tuple(x.shape[:-3]) for x in (q, k, v)}
     if len(batches) > 1:
@@ -131,7 +131,7 @@ def _example(
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device).requires_grad_()
 
-    if H != H_kv:
+    if H_kv != H:
         options["enable_gqa"] = True
     return {
         "query": leaf(B, H, S_q, D),
@@ -164,6 +164,6 @@ OP = Op(
         for c in (False, True)
     ),
     work=lambda query, key, value, is_causal=False, **_: flash.work(
-        *(x.transpose(1, 2) for x in (query, key, value)), causal=is_causal
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal=is_causal
     ),
 )
