@@ -69,7 +69,8 @@ def cpu_runner(runner: CpuRunner) -> Iterator[None]:
 def _too_old(device_index: int | None) -> str | None:
     major, minor = torch.cuda.get_device_capability(device_index)
     if torch.version.hip or major < 8:
-        return f"the GPU is {torch.cuda.get_device_name(device_index)}, not NVIDIA of capability 8.0 or more (it has {major}.{minor})"
+        name = torch.cuda.get_device_name(device_index)
+        return f"{name} ({major}.{minor}) is not an NVIDIA GPU of compute capability 8.0 or more"
     return None
 
 
@@ -116,7 +117,7 @@ class Dispatched:
         self.name, self.eager, self.uncovered = name, eager, uncovered
 
     def takes_kernel(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the Triton kernel runs this call; raises where ``"triton"`` was demanded in vain."""
+        """Whether the kernel runs this call; raises where ``"triton"`` was demanded in vain."""
         if _backend == "torch":
             return False
         reason = _refusal(self, args, kwargs)
@@ -140,7 +141,9 @@ def dispatched(
 
         @functools.wraps(kernel)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if _backend == "auto" and _cpu_runner is None and args:  # the CPU's way out, in a moment
+            if (
+                _backend == "auto" and _cpu_runner is None and args
+            ):  # the CPU's way out, in a moment
                 first = args[0]
                 if isinstance(first, Tensor) and not first.is_cuda:
                     return eager(*args, **kwargs)
@@ -171,7 +174,9 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
         op = getattr(public, op, op)
     rule = getattr(op, "dispatch", None)
     if not isinstance(rule, Dispatched):
-        raise ValueError(f"explain: op must be a function of fastlm.kernels or its name; got {op!r}")
+        raise ValueError(
+            f"explain: op must be a function of fastlm.kernels or its name; got {op!r}"
+        )
     if _backend == "torch":
         return f'{rule.name} runs PyTorch: the backend is "torch".'
     reason = _refusal(rule, args, kwargs)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
+from . import _dispatch
+
 
 @functools.cache
 def _multiprocessors(index: int | None) -> int:
@@ -13,11 +15,12 @@ def _multiprocessors(index: int | None) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of the device; what the active driver says where there is no GPU."""
+    """Streaming multiprocessors of the device that runs, or of the one that is compiled for."""
     if device.type == "cuda":
         return _multiprocessors(device.index)
-    utils = getattr(driver.active, "utils", None)
-    return utils.get_device_properties(0)["multiprocessor_count"] if utils else 4
+    if _dispatch._cpu_runner == "interpreter":
+        return 1  # one program after another: the fewer the better
+    return driver.active.utils.get_device_properties(0)["multiprocessor_count"]
 
 
 def rows_of(x: Tensor, N: int) -> Tensor:

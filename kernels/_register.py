@@ -43,7 +43,7 @@ def torch_op(
         fake: The shapes and dtypes of the results, from the same arguments.
         mutates: Names of the arguments that the launcher writes.
         setup_context: Saves for the backward: ``(ctx, inputs, output)``.
-        backward: The gradient: ``(ctx, *grads)`` to one gradient an input. None: not differentiable.
+        backward: ``(ctx, *grads)`` to one gradient an input. None: not differentiable.
     """
 
     def register(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,7 +74,11 @@ def eager_gradients(
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
         found = torch.autograd.grad(
-            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+            [o for o, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
         )
     by_input = dict(zip(map(id, wanted), found, strict=True))
     return tuple(by_input.get(id(t)) for t in inputs)

@@ -124,7 +124,7 @@ def _backward_kernel(
     HAS_WEIGHT: tl.constexpr, WANTS_DX: tl.constexpr, WANTS_PARAMETERS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program takes every num_programs-th tile of rows, and sums its part of dweight and dbias."""
+    """A program takes every num_programs-th tile of rows, and sums its part of the parameters'."""
     program = tl.program_id(0).to(tl.int64)  # row offsets can pass 2^31
     cols = tl.arange(0, BLOCK_N)
     mask_n = cols < N
@@ -261,6 +261,19 @@ def _row_tile(N: int) -> dict[str, int]:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}
 
 
+def _backward_tile(N: int) -> tuple[dict[str, int], int]:
+    """The rows that a program of the backward takes at once, and programs a multiprocessor.
+
+    Few programs keep the parts of dweight and dbias small, large tiles keep bytes in flight: for
+    8192 x 768 in bfloat16 the modelled time on sm_90 is 19 us against 68 us for a row at a time
+    (11 us is the least that memory allows); for 8192 x 4096 it is 72 us against 98 us (60 us).
+    """
+    block_n = triton.next_power_of_2(N)
+    elements, warps, per_multiprocessor = (4096, 8, 2) if block_n <= 1024 else (8192, 16, 1)
+    block_m = min(max(1, elements // block_n), 64)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}, per_multiprocessor
+
+
 def _forward_fake(
     input: Tensor,
     shape: Sequence[int],
@@ -306,12 +319,13 @@ def _backward(
     if M == 0 or N == 0:
         return dx.zero_(), dweight.zero_(), dbias.zero_()
     x, dy = rows_of(input, N), rows_of(dy, N)
-    tile = _row_tile(N)
+    tile, per_multiprocessor = _backward_tile(N)
     wants_dx, wants_parameters = wanted[0], wanted[1] or wanted[2]
-    programs = min(triton.cdiv(M, tile["BLOCK_M"]), multiprocessors(x.device))
-    parts = [None, None]
-    if wants_parameters:
-        parts = [x.new_empty(programs, N, dtype=torch.float32) for _ in range(2)]
+    programs = min(triton.cdiv(M, tile["BLOCK_M"]), per_multiprocessor * multiprocessors(x.device))
+    parts = [
+        x.new_empty(programs, N, dtype=torch.float32) if wants_parameters else None
+        for _ in range(2)
+    ]
     if N <= _WIDE_BACKWARD:
         _backward_kernel[(programs,)](
             dy, x, weight, mean, rstd, dx, *parts,
@@ -480,7 +494,7 @@ OP = Op(
     example=_example,
     sizes=(
         {"M": 1, "N": 1},
-        {"M": 5, "N": 1000},
+        {"M": 13, "N": 1000},
         {"M": 37, "N": 64, "bias": False},
         {"M": 3, "N": 129, "weight": False},
         {"M": 2, "N": 48, "weight": False, "bias": False},
@@ -488,7 +502,7 @@ OP = Op(
         {"M": 2, "N": 8200},
         {"M": 3, "N": 16400},
     ),
-    bench_sizes=tuple({"M": 8192, "N": 2**k} for k in range(9, 15)) + ({"M": 2048, "N": 65536},),
+    bench_sizes=(*({"M": 8192, "N": 2**k} for k in range(9, 15)), {"M": 2048, "N": 65536}),
     work=lambda input, weight=None, bias=None, **_: (
         2 * input.nbytes + sum(t.nbytes for t in (weight, bias) if t is not None),
         8 * input.numel(),

@@ -62,7 +62,12 @@ def assert_bitwise_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> Non
     assert got.keys() == want.keys()
     for name, value in want.items():
         torch.testing.assert_close(
-            got[name], value, rtol=0, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+            got[name],
+            value,
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 

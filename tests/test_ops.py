@@ -28,7 +28,9 @@ def label(value) -> str:
 
 
 CASES = [
-    pytest.param(op, size, dtype, id=f"{op.name}-{'-'.join(map(label, size.values()))}-{label(dtype)}")
+    pytest.param(
+        op, size, dtype, id=f"{op.name}-{'-'.join(map(label, size.values()))}-{label(dtype)}"
+    )
     for op in OPS.values()
     for size in op.sizes
     for dtype in op.dtypes
@@ -76,6 +78,17 @@ def spread(t):
     return wide[..., 0]
 
 
+def padded(t):
+    """The same values in rows that are three elements further apart, NaN between them."""
+    if t.dim() == 0:
+        return t.detach().clone()
+    wide = t.new_full(
+        (*t.shape[:-1], t.shape[-1] + 3), float("nan") if t.is_floating_point() else 0
+    )
+    wide[..., : t.shape[-1]] = t.detach()
+    return wide[..., : t.shape[-1]]
+
+
 def transposed(t):
     return t.detach().mT.contiguous().mT if t.dim() > 1 else t.detach().clone()
 
@@ -87,24 +100,33 @@ def offset(t):
     return room[1:].view(t.shape)
 
 
-@pytest.mark.parametrize("layout", [spread, transposed, offset])
+LAYOUTS = (spread, padded, transposed, offset)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("op", "size"), SIZES)
 def test_any_strides_give_the_same_answer(op, size, layout):
+    """Arguments behind other strides, then incoming gradients."""
     plain = example(op, size)
 
     def lay_out(t):
         return layout(t).requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
 
-    def run(inputs):
+    def run(inputs, lay_out_gradient):
         out = list(named_tensors(op.fused(**inputs)))
         graded = [o for _, o in out if o.requires_grad]
+        torch.manual_seed(1)
         if graded:
-            torch.autograd.backward(graded, [torch.ones_like(o) for o in graded])
+            torch.autograd.backward(graded, [lay_out_gradient(torch.randn_like(o)) for o in graded])
         found = {f"result{n}": o.detach() for n, o in out}
         found |= {f"{n} after": t.detach() for n, t in named_tensors(inputs)}
-        return found | {f"gradient of {n}": t.grad for n, t in named_tensors(inputs) if t.grad is not None}
+        return found | {
+            f"gradient of {n}": t.grad for n, t in named_tensors(inputs) if t.grad is not None
+        }
 
-    assert_bitwise_equal(run(tree_map(lay_out, plain)), run(clones(plain)))
+    want = run(clones(plain), clones)
+    assert_bitwise_equal(run(tree_map(lay_out, plain), clones), want)
+    assert_bitwise_equal(run(clones(plain), layout), want)
 
 
 @pytest.mark.parametrize(("op", "size"), SIZES)
@@ -113,7 +135,7 @@ def test_expanded_inputs_are_read_as_their_values(op, size):
     plain = example(op, size)
     for name, t in plain.items():
         if not isinstance(t, Tensor) or t.dim() == 0 or 0 in t.shape or not t.requires_grad:
-            continue  # lists belong to ops that write in place: an expanded tensor cannot be written
+            continue  # lists belong to ops that write in place, which expanded tensors forbid
         repeated = t.detach()[:1].expand(t.shape)
         got = op.fused(**(plain | {name: repeated}))
         want = op.fused(**(plain | {name: repeated.clone()}))
@@ -126,8 +148,7 @@ def test_gradient_of_a_sum(op, size, dtype):
 
     def summed(**inputs):
         outs = [o for _, o in named_tensors(op.fused(**inputs)) if o.requires_grad]
-        total = sum(o.float().sum() for o in outs) if outs else None
-        return total
+        return sum(o.float().sum() for o in outs) if outs else None
 
     def ones(**inputs):
         outs = [o for _, o in named_tensors(op.fused(**inputs)) if o.requires_grad]
@@ -141,7 +162,10 @@ def test_gradient_of_a_sum(op, size, dtype):
         pytest.skip("the op has no gradient")
     total.backward()
     ones(**second)
-    grads = [dict(named_tensors(tree_map(lambda t: getattr(t, "grad", None), x))) for x in (first, second)]
+    grads = [
+        dict(named_tensors(tree_map(lambda t: getattr(t, "grad", None), x)))
+        for x in (first, second)
+    ]
     assert_bitwise_equal(*grads)
 
 

@@ -1,0 +1,129 @@
+"""Which code runs a call, and what it costs to decide."""
+
+import os
+import subprocess
+import sys
+import timeit
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastlm.kernels import OPS, backend, explain, layer_norm
+from fastlm.kernels._interpreter import interpreted
+
+
+def test_the_cpu_runs_pytorch_and_says_so():
+    x = torch.randn(3, 5)
+    assert "runs PyTorch: the tensors are on the CPU" in explain(layer_norm, x, (5,))
+    assert torch.equal(layer_norm(x, (5,)), F.layer_norm(x, (5,)))
+
+
+def test_the_interpreter_runs_the_kernel_and_says_so():
+    with interpreted():
+        assert "Triton kernel" in explain("layer_norm", torch.zeros(3, 5), (5,))
+        assert "float64" in explain("layer_norm", torch.zeros(3, 5).double(), (5,))
+
+
+def test_backend_torch_never_takes_the_kernel():
+    with interpreted(), backend("torch"):
+        assert explain(layer_norm, torch.zeros(3, 5), (5,)).endswith('the backend is "torch".')
+
+
+def test_backend_triton_raises_where_nothing_can_run_it():
+    with backend("triton"):
+        with pytest.raises(RuntimeError, match=r"layer_norm: backend .triton. cannot run"):
+            layer_norm(torch.zeros(3, 5), (5,))
+        assert "raises" in explain(layer_norm, torch.zeros(3, 5), (5,))
+
+
+def test_backend_triton_raises_what_the_kernel_does_not_cover():
+    with interpreted(), backend("triton"), pytest.raises(RuntimeError, match="float64"):
+        layer_norm(torch.zeros(3, 5).double(), (5,))
+
+
+def test_backends_nest_and_come_back_after_an_exception():
+    x = torch.zeros(3, 5)
+    with interpreted():
+        with backend("torch"):
+            with backend("auto"):
+                assert "interpreter" in explain(layer_norm, x, (5,))
+            assert "torch" in explain(layer_norm, x, (5,))
+            with pytest.raises(ZeroDivisionError), backend("auto"):
+                raise ZeroDivisionError
+            assert "torch" in explain(layer_norm, x, (5,))
+        assert "interpreter" in explain(layer_norm, x, (5,))
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="auto, triton, torch; got 'cuda'"), backend("cuda"):
+        pass
+    with pytest.raises(ValueError, match=r"explain: op must be a function of fastlm\.kernels"):
+        explain("no_such_op", torch.zeros(1))
+
+
+def run(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **env},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_environment_chooses_for_a_whole_program():
+    code = (
+        "import torch; from fastlm.kernels import explain, layer_norm;"
+        "x = torch.randn(4, 6).bfloat16(); print(explain(layer_norm, x, (6,)));"
+        "y = layer_norm(x, (6,));"
+        "torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (6,)))"
+    )
+    interpreter = run(code, TRITON_INTERPRET="1")
+    assert "Triton kernel on the interpreter" in interpreter.stdout, interpreter.stderr
+    both = run(code, TRITON_INTERPRET="1", FASTLM_BACKEND="torch")
+    assert 'the backend is "torch"' in both.stdout, both.stderr
+    wrong = run(code, FASTLM_BACKEND="gpu")
+    assert "FASTLM_BACKEND must be one of auto, triton, torch; got 'gpu'" in wrong.stderr
+
+
+def test_importing_is_quick_and_leaves_the_gpu_alone():
+    code = (
+        "import time, torch, triton; t = time.perf_counter(); import fastlm.kernels;"
+        "print(time.perf_counter() - t, torch.cuda.is_initialized())"
+    )
+    runs = [run(code) for _ in range(2)]
+    seconds = min(float(r.stdout.split()[0]) for r in runs)
+    assert seconds < 0.3, f"import fastlm.kernels took {seconds:.2f} s beyond torch and triton"
+    assert all(r.stdout.split()[1] == "False" for r in runs)
+
+
+DROP_INS = [pytest.param(op, id=name) for name, op in OPS.items() if hasattr(op.fused, "dispatch")]
+
+
+@pytest.mark.parametrize("op", DROP_INS)
+def test_choosing_costs_at_most_five_microseconds(op):
+    """On the CPU, over a call of what the op falls back to; the best of many short runs."""
+    inputs = list(op.example(torch.float32, torch.device("cpu"), **op.sizes[0]).values())
+    eager = op.fused.dispatch.eager
+    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in inputs]
+    if not accepts(eager, args):
+        pytest.skip("its fallback takes keywords only")
+    rounds = [
+        (
+            timeit.timeit(lambda: op.fused(*args), number=200),
+            timeit.timeit(lambda: eager(*args), number=200),
+        )
+        for _ in range(15)
+    ]
+    extra = (min(r[0] for r in rounds) - min(r[1] for r in rounds)) / 200
+    assert extra < 5e-6, f"{extra * 1e6:.2f} microseconds"
+
+
+def accepts(fn, args):
+    try:
+        fn(*args)
+    except TypeError:
+        return False
+    return True

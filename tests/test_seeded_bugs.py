@@ -1,0 +1,133 @@
+"""Known mistakes, put into the kernels one at a time: the suite must catch each.
+
+A bug is one replacement in one kernel's source, and the test that has to fail with it. Where a
+kernel changes so that the replacement no longer applies, the list must follow.
+"""
+
+import contextlib
+import importlib
+import inspect
+import itertools
+import linecache
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import test_layer_norm
+import test_ops
+from triton.runtime.errors import InterpreterError
+from triton.runtime.interpreter import InterpretedFunction
+
+from fastlm.kernels import OPS, _interpreter
+
+_serial = itertools.count()
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One mistake, and the test that notices it.
+
+    Attributes:
+        op: The name in OPS whose cases the generic test runs on.
+        kernel: ``module:function`` below fastlm.kernels.
+        old: Text that stands exactly once in the kernel's source.
+        new: What the mistake makes of it.
+        caught_by: A test over OPS, run on the op's cases until one fails; or a plain test.
+    """
+
+    op: str
+    kernel: str
+    old: str
+    new: str
+    caught_by: Callable[..., None]
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {self.old.strip()} -> {self.new.strip() or 'nothing'}"
+
+
+def mutated(bug: Bug):
+    """The kernel's Python function with the mistake in it, and the original."""
+    module_name, name = bug.kernel.split(":")
+    original = getattr(importlib.import_module(f"fastlm.kernels.{module_name}"), name).fn
+    source = textwrap.dedent(inspect.getsource(original))
+    assert source.count(bug.old) == 1, f"{bug}: the text stands {source.count(bug.old)} times"
+    source = source[source.index("def ") :].replace(bug.old, bug.new)
+    filename = f"<seeded bug {next(_serial)}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    scope = dict(original.__globals__)
+    exec(compile(source, filename, "exec"), scope)
+    function = scope[name]
+    function.__globals__.update(original.__globals__)
+    return function, original
+
+
+@contextlib.contextmanager
+def seeded(bug: Bug):
+    """Inside the block the interpreter runs the mistaken kernel."""
+    function, original = mutated(bug)
+    before = _interpreter._memo.get(original)
+    _interpreter._memo[original] = InterpretedFunction(function)
+    try:
+        yield
+    finally:
+        del _interpreter._memo[original]
+        if before is not None:
+            _interpreter._memo[original] = before
+
+
+def cases(bug: Bug):
+    """The arguments with which pytest would call the test, for this op only."""
+    op, wanted = OPS[bug.op], inspect.signature(bug.caught_by).parameters
+    if not wanted:
+        yield {}
+        return
+    axes = {"op": [op], "size": op.sizes, "dtype": op.dtypes, "layout": test_ops.LAYOUTS}
+    for values in itertools.product(*(axes[name] for name in wanted)):
+        yield dict(zip(wanted, values, strict=True))
+
+
+FLOAT64 = test_ops.test_matches_float64_by_the_contract
+MEMORY = test_ops.test_reads_and_writes_only_its_tensors
+STRIDES = test_ops.test_any_strides_give_the_same_answer
+LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
+
+# (kernel, what stands there, what the mistake makes of it, the test that notices)
+LAYER_NORM = [
+    ("_forward_kernel", "tl.where(mask, x - mean[:, None], 0.0)", "x - mean[:, None]", FLOAT64),
+    ("_forward_kernel", "centred * centred, 1) / N", "centred * centred, 1) / BLOCK_N", FLOAT64),
+    ("_forward_kernel", "tl.store(rstd_ptr + rows, rstd, mask=mask_m)", "", FLOAT64),
+    ("_forward_kernel", "centred * centred, 1) / N", "x * x, 1) / N - mean * mean", LARGE_MEAN),
+    ("_forward_kernel", "rows[:, None] * stride_xm", "rows[:, None] * N", STRIDES),
+    ("_forward_kernel", "y, mask=mask)", "y, mask=mask_m[:, None])", MEMORY),
+    ("_forward_kernel", "tl.load(x_ptrs, mask=mask, other=0.0)", "tl.load(x_ptrs)", MEMORY),
+    ("_forward_wide_kernel", "delta * share * start", "delta * share", FLOAT64),
+    ("_forward_wide_kernel", "size = tl.minimum(N - start, BLOCK_N)", "size = BLOCK_N", FLOAT64),
+    ("_backward_kernel", "tl.cdiv(M, BLOCK_M)", "M // BLOCK_M", FLOAT64),
+    ("_backward_kernel", "dbias += dy", "dbias += dy * xhat", FLOAT64),
+    ("_backward_kernel", "dweight += dy * xhat", "dweight = dy * xhat", FLOAT64),
+    ("_backward_kernel", "rows[:, None] * stride_dym", "rows[:, None] * stride_xm", STRIDES),
+    ("_backward_kernel", "dweight_ptr + program * N", "dweight_ptr", MEMORY),
+    ("_backward_wide_kernel", "- xhat * tl.load(mean_gx_ptr + row)", "", FLOAT64),
+    ("_row_means_kernel", "g *= tl.load", "g += tl.load", FLOAT64),
+    ("_sum_parts_kernel", "(rows < P)[:, None] & ", "", MEMORY),
+]
+
+BUGS = [Bug("layer_norm", f"layer_norm:{kernel}", *rest) for kernel, *rest in LAYER_NORM]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=str)
+@pytest.mark.usefixtures("kernels")
+def test_the_suite_catches(bug):
+    with seeded(bug):
+        for arguments in cases(bug):
+            try:
+                bug.caught_by(**arguments)
+            except (AssertionError, InterpreterError):  # the latter from the memory check
+                return
+    pytest.fail(f"no case of {bug.caught_by.__name__} failed")
+
+
+def test_the_list_is_long_enough_and_covers_every_op():
+    assert len(BUGS) >= 20
+    assert {bug.op for bug in BUGS} == set(OPS)
