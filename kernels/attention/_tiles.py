@@ -1,4 +1,4 @@
-"""Tile shapes by kernel, GPU class and head dimension, and the tile functions that kernels share.
+"""Tile shapes by kernel, GPU class and head dimension; loading and multiplying a tile.
 
 The rows were chosen by compiled code (no spills in the main loops, tensor cores, 16-byte copies,
 shared and tensor memory within the part's limits) and are unmeasured: no row has been timed.
@@ -153,41 +153,3 @@ def load_tile(ptrs, rows_seen, dims_seen, CHECK_ROWS: tl.constexpr, CHECK_DIMS: 
     else:
         x = tl.load(ptrs)
     return x
-
-
-@triton.jit
-def key_range(
-    first, last, left, right, S_k,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """For queries first..last: tiles of keys in [begin, full_begin), [.., full_end), [.., end).
-
-    Query i sees key j where left <= j - i <= right. The middle range needs no mask.
-    """
-    begin = 0
-    full_begin = 0
-    if HAS_LEFT:
-        begin = tl.maximum(first + left, 0) // BLOCK_N * BLOCK_N
-        full_begin = tl.cdiv(tl.maximum(last + left, 0), BLOCK_N) * BLOCK_N
-    end = S_k
-    full_end = S_k // BLOCK_N * BLOCK_N
-    if HAS_RIGHT:
-        end = tl.minimum(S_k, tl.maximum(last + right + 1, 0))
-        full_end = tl.minimum(S_k, tl.maximum(first + right + 1, 0)) // BLOCK_N * BLOCK_N
-    return begin, full_begin, full_end, end
-
-
-@triton.jit
-def seen_keys(
-    offs_m, offs_n, left, right, S_k, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr
-):  # fmt: skip
-    """Which keys each query sees; the limits merge to one integer a row before they spread."""
-    last = S_k - 1
-    if HAS_RIGHT:
-        last = tl.minimum(offs_m + right, last)
-        seen = offs_n <= last
-    else:
-        seen = offs_n <= last
-    if HAS_LEFT:
-        seen = seen & (offs_n >= offs_m + left)
-    return seen

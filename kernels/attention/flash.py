@@ -13,6 +13,8 @@ Cost: 4 B H S_q S_k D FLOPs forward, 14 backward (7 products), half of each when
 the tensor cores. Memory: q, k, v, o and 4 bytes a row of lse; nothing grows with S_q S_k.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,76 +22,84 @@ from torch import Tensor
 from .._dispatch import dispatched
 from .._op import Inputs, Op
 from .._register import eager_gradients, torch_op
-from . import backward as _backward_kernels
-from . import forward as _forward_kernels
-
-Band = tuple[int | None, int | None]
-
-
-def banded(q: Tensor, k: Tensor, v: Tensor, scale: float, band: Band) -> tuple[Tensor, Tensor]:
-    """Eager attention over keys ``left <= j - i <= right``: o in q's dtype and lse.
-
-    The steps and roundings of textbook code, but a row that sees no key gives 0, not NaN.
-    """
-    S_q, S_k, group = q.shape[1], k.shape[1], q.shape[2] // max(k.shape[2], 1)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if group != 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.mT * scale
-    diagonal = torch.arange(S_k, device=q.device) - torch.arange(S_q, device=q.device)[:, None]
-    left, right = band
-    seen = torch.ones_like(diagonal, dtype=torch.bool)
-    if left is not None:
-        seen = seen & (diagonal >= left)
-    if right is not None:
-        seen = seen & (diagonal <= right)
-    empty = ~seen.any(-1, keepdim=True)
-    scores = scores.masked_fill(~seen & ~empty, float("-inf"))
-    p = scores.softmax(-1).masked_fill(~seen, 0.0)
-    wide = scores.float() if scores.dtype.itemsize == 2 else scores
-    lse = wide.logsumexp(-1).masked_fill(empty[:, 0], float("-inf"))
-    return (p @ v).transpose(1, 2), lse
-
+from . import forward as _forward
+from . import gradients as _gradients
+from .eager import attend_eager
 
 # --- launch -------------------------------------------------------------------------------------
 
-_backward = torch_op("flash_attention_backward", fake=_backward_kernels.backward_fake)(
-    _backward_kernels.backward
-)
+_backward = torch_op("flash_attention_backward", fake=_gradients.backward_fake)(_gradients.backward)
+_TENSORS = 9  # the op's leading arguments, q to cu_seqlens_k
 
 
 def _save(ctx, inputs, output):
-    q, k, v, ctx.scale, ctx.left, ctx.right = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    ctx.save_for_backward(*output, *inputs[:_TENSORS])
+    ctx.options = inputs[_TENSORS:]
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, do, dlse):
-    q, k, v, o, lse = ctx.saved_tensors
+def _differentiate(ctx, do, dlse):
+    o, lse, *tensors = ctx.saved_tensors
+    q, k, v, sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k = tensors
+    rest = (None,) * (_TENSORS - 5 + len(ctx.options))
     if torch.is_grad_enabled():  # create_graph=True
+        inputs = (q, k, v, sinks, bias)
 
-        def eager(q, k, v):
-            return banded(q, k, v, ctx.scale, (ctx.left, ctx.right))
+        def eager(q, k, v, sinks, bias):
+            given = (q, k, v, sinks, bias, slopes, seed)
+            if cu_seqlens_q is None:
+                return attend_eager(*given, *ctx.options)
+            return attend_ragged_eager(*given, cu_seqlens_q, cu_seqlens_k, *ctx.options)
 
-        return *eager_gradients(eager, (q, k, v), (do, dlse)), None, None, None
+        return *eager_gradients(eager, inputs, (do, dlse)), *rest
     if do is None:
         do = torch.zeros_like(o)
-    wants_dq, wants_dk, wants_dv = ctx.needs_input_grad[:3]
-    wanted = [wants_dq, wants_dk or wants_dv]
-    dq, dk, dv = _backward(do, dlse, q, k, v, o, lse, ctx.scale, ctx.left, ctx.right, wanted)
-    return (
-        dq if wants_dq else None,
-        dk if wants_dk else None,
-        dv if wants_dv else None,
-        None,
-        None,
-        None,
-    )
+    wanted = list(ctx.needs_input_grad[:5])
+    grads = _backward(do, dlse, o, lse, *tensors, *ctx.options, wanted)
+    return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *rest
 
 
 attend = torch_op(
-    "flash_attention", fake=_forward_kernels.forward_fake, setup_context=_save, backward=_gradients
-)(_forward_kernels.forward)
+    "flash_attention", fake=_forward.forward_fake, setup_context=_save, backward=_differentiate
+)(_forward.forward)
+
+
+def attend_ragged_eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """The sequences of (1, T, H, D) tensors one by one; rows past the last give 0 and -inf."""
+    outs, lses = [], []
+    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for b in range(len(ends_q) - 1):
+        rows, cols = slice(*ends_q[b : b + 2]), slice(*ends_k[b : b + 2])
+        shift = (cols.stop - cols.start) - (rows.stop - rows.start)
+        o, lse = attend_eager(
+            q[:, rows], k[:, cols], v[:, cols], sinks, None,
+            slopes[b : b + 1] if slopes is not None and slopes.shape[0] > 1 else slopes,
+            seed, scale,
+            None if left is None else left + shift,
+            None if right is None else right + shift,
+            softcap, dropout_p, b,
+        )  # fmt: skip
+        outs.append(o)
+        lses.append(lse)
+    unused = q.shape[1] - ends_q[-1]
+    outs.append(q.new_zeros(1, unused, q.shape[2], v.shape[3]))
+    lses.append(outs[0].new_full((1, q.shape[2], unused), -math.inf, dtype=lses[0].dtype))
+    return torch.cat(outs, 1), torch.cat(lses, 2)
 
 
 # --- public -------------------------------------------------------------------------------------
@@ -109,30 +119,76 @@ def kernel_refuses(tensors: dict[str, Tensor]) -> str | None:
     for name, t in (("q", q), ("v", v)):
         if not 0 < t.shape[-1] <= MAX_HEAD_DIM:
             return f"{name} has head dimension {t.shape[-1]}, not 1 to {MAX_HEAD_DIM}"
-    if v.shape[-1] != q.shape[-1]:
-        return f"v has head dimension {v.shape[-1]} and q {q.shape[-1]}"
     return None
 
 
-def attend_scaled(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, band: Band
-) -> tuple[Tensor, Tensor]:
-    """The kernels with PyTorch's rules for autocast and scale: o (B, S_q, H, D), and lse."""
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if scale <= 0:  # the running maximum of scores wants a positive factor
-        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    return attend(q, k, v, scale, *band)
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the dtype that PyTorch's autocast gives attention."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) for t in tensors)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises where q, k and v are not attention's inputs."""
+def positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same q and scale with a positive scale: a running maximum wants one."""
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0, 1.0)
+
+
+def fresh_seed(device: torch.device) -> Tensor:
+    """A dropout seed from PyTorch's generator, which CUDA graphs and checkpointing replay."""
+    return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
+
+
+def as_seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """A dropout seed as one int64 on the device."""
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return fresh_seed(device)
+    if isinstance(seed, Tensor):
+        return seed.to(device, torch.int64).reshape(1)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def check_options(
+    op: str,
+    q: Tensor,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    B: int,
+) -> None:
+    """Raises where an option's value has no meaning."""
+    H = q.shape[-2]
+    if len(window_size) != 2 or min(window_size) < -1:
+        raise ValueError(
+            f"{op}: window_size must be (left, right), each -1 (no limit) or a number of keys; "
+            f"got {window_size}"
+        )
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be 0 (none) or positive; got {softcap}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1); got {dropout_p}")
+    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((H,), (B, H)):
+        raise ValueError(
+            f"{op}: alibi_slopes must be ({H},) or ({B}, {H}); got {tuple(alibi_slopes.shape)}"
+        )
+    if sinks is not None and tuple(sinks.shape) != (H,):
+        raise ValueError(f"{op}: sinks must be ({H},); got {tuple(sinks.shape)}")
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> None:
+    """Raises where q, k, v and bias are not attention's inputs."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
             raise ValueError(f"flash_attention: {name} must be (B, S, H, D); got {tuple(t.shape)}")
-    B, _, H, D = q.shape
+    B, S_q, H, D = q.shape
     if k.shape[0] != B or k.shape[3] != D:
         raise ValueError(
             f"flash_attention: k must be ({B}, S_k, H_kv, {D}), as q; got {tuple(k.shape)}"
@@ -141,38 +197,50 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"flash_attention: v must be {(*k.shape[:3], 'D_v')}, as k; got {tuple(v.shape)}"
         )
-    if k.shape[2] == 0 or H % k.shape[2]:
-        raise ValueError(
-            f"flash_attention: k's number of heads must divide q's, {H}; got {k.shape[2]}"
+    check_heads_and_dtypes("flash_attention", q, k, v)
+    if bias is not None:
+        full = (B, H, S_q, k.shape[1])
+        fits = bias.dim() <= 4 and all(
+            n in (1, m) for n, m in zip(reversed(bias.shape), reversed(full), strict=False)
         )
-    if (k.dtype != q.dtype or v.dtype != q.dtype) and not torch.is_autocast_enabled(q.device.type):
-        raise ValueError(
-            f"flash_attention: k and v must have q's dtype, {q.dtype}; got {k.dtype} and {v.dtype}"
-        )
-
-
-def _refuse(**options) -> None:
-    """Raises for an option that has no kernel yet."""
-    for name, (value, off) in options.items():
-        if value is not off and (value != off):
+        if not fits:
             raise ValueError(
-                f"flash_attention: {name} must be {off}; got {value}, not supported yet"
+                f"flash_attention: bias must broadcast to {full}; got {tuple(bias.shape)}"
             )
 
 
-def _check_options(window_size, softcap, alibi_slopes, sinks, bias, dropout_p) -> None:
-    _refuse(
-        window_size=(tuple(window_size), (-1, -1)),
-        softcap=(softcap, 0.0),
-        dropout_p=(dropout_p, 0.0),
-    )
-    for name, value in (("alibi_slopes", alibi_slopes), ("sinks", sinks), ("bias", bias)):
-        if value is not None:
-            raise ValueError(f"flash_attention: {name} must be None; a tensor is not supported yet")
+def check_heads_and_dtypes(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises where heads do not group or dtypes differ."""
+    H, H_kv = q.shape[-2], k.shape[-2]
+    if H_kv == 0 or H % H_kv:
+        raise ValueError(f"{op}: k's number of heads must divide q's, {H}; got {H_kv}")
+    if (k.dtype != q.dtype or v.dtype != q.dtype) and not torch.is_autocast_enabled(q.device.type):
+        raise ValueError(
+            f"{op}: k and v must have q's dtype, {q.dtype}; got {k.dtype} and {v.dtype}"
+        )
 
 
-def _band_of(causal: bool, q: Tensor, k: Tensor) -> Band:
-    return None, k.shape[1] - q.shape[1] if causal else None
+def as_slopes(slopes: Tensor | None) -> Tensor | None:
+    """ALiBi slopes as the kernels read them: (1 or B, H) float32 or wider, contiguous."""
+    if slopes is None:
+        return None
+    slopes = slopes if slopes.dim() == 2 else slopes[None]
+    return (slopes.float() if slopes.dtype.itemsize < 4 else slopes).contiguous()
+
+
+def as_bias(bias: Tensor | None) -> Tensor | None:
+    """A bias with four dimensions."""
+    return None if bias is None else bias[(None,) * (4 - bias.dim())]
+
+
+def window_band(
+    causal: bool, window_size: tuple[int, int], shift: int
+) -> tuple[int | None, int | None]:
+    """Sides of the band of j - i that a window leaves, ``shift`` on from the main diagonal."""
+    left, right = window_size
+    if causal:
+        right = 0
+    return None if left == -1 else shift - left, None if right == -1 else shift + right
 
 
 def reference(
@@ -188,15 +256,22 @@ def reference(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: int | Tensor | None = None,
     deterministic: bool = True,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in eager PyTorch, scores and all."""
-    _check(q, k, v)
-    _check_options(window_size, softcap, alibi_slopes, sinks, bias, dropout_p)
+    check(q, k, v, bias)
+    check_options(
+        "flash_attention", q, window_size, softcap, alibi_slopes, sinks, dropout_p, q.shape[0]
+    )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    o, lse = banded(q, k, v, scale, _band_of(causal, q, k))
+    left, right = window_band(causal, window_size, k.shape[1] - q.shape[1])
+    seed = as_seed(dropout_seed, dropout_p, q.device)
+    o, lse = attend_eager(
+        q, k, v, sinks, as_bias(bias), as_slopes(alibi_slopes), seed,
+        scale, left, right, softcap, dropout_p,
+    )  # fmt: skip
     return (o, lse) if return_lse else o
 
 
@@ -208,6 +283,7 @@ def _eager(
     causal: bool = False,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    deterministic: bool = True,
     **options,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same from PyTorch's fused op, where it has the same meaning."""
@@ -215,7 +291,7 @@ def _eager(
     if not plain:
         options |= {"causal": causal, "softmax_scale": softmax_scale, "return_lse": return_lse}
         return reference(q, k, v, **options)
-    _check(q, k, v)
+    check(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
     o = F.scaled_dot_product_attention(
@@ -224,8 +300,18 @@ def _eager(
     return o.transpose(1, 2)
 
 
-def _uncovered(q: Tensor, k: Tensor, v: Tensor, **_) -> str | None:
-    _check(q, k, v)
+def _uncovered(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    **_: object,
+) -> str | None:
+    check(q, k, v, bias)
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        return "alibi_slopes wants a gradient"
     return kernel_refuses({"q": q, "k": k, "v": v})
 
 
@@ -243,39 +329,57 @@ def flash_attention(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
+    dropout_seed: int | Tensor | None = None,
     deterministic: bool = True,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(softmax_scale q k^T) v without the S x S matrix, and its gradients.
 
+    Rows and keys line up at their ends: with shift = S_k - S_q, query i stands at key i + shift.
+
     Args:
         q: (B, S_q, H, D) float32, float16 or bfloat16, D up to 256; any strides.
         k: (B, S_k, H_kv, D), the dtype of q. H is a multiple of H_kv: query head h reads KV head
             h // (H / H_kv).
-        v: (B, S_k, H_kv, D), the dtype of q.
-        causal: Query i sees key j where j <= i + S_k - S_q: the last rows line up.
+        v: (B, S_k, H_kv, D_v), the dtype of q, D_v up to 256.
+        causal: Query i sees key j where j <= i + shift.
         softmax_scale: Factor of the scores; default 1 / sqrt(D).
-        window_size: Not supported yet: (-1, -1).
-        softcap: Not supported yet: 0.
-        alibi_slopes: Not supported yet: None.
-        sinks: Not supported yet: None.
-        bias: Not supported yet: None.
-        dropout_p: Not supported yet: 0.
-        dropout_seed: Of no effect without dropout.
+        window_size: (left, right): query i sees i + shift - left <= j <= i + shift + right, both
+            ends included; -1 is no limit. W tokens of the past and itself are (W - 1, 0).
+        softcap: Scores become softcap tanh(scores / softcap) (Gemma 2); 0 leaves them.
+        alibi_slopes: (H,) or (B, H): adds -slope |i + shift - j| (Press et al. 2022,
+            https://arxiv.org/abs/2108.12409).
+        sinks: (H,) learned logits that join the softmax's denominator alone (Xiao et al. 2023,
+            https://arxiv.org/abs/2309.17453); differentiable.
+        bias: Added to the scores, broadcast to (B, H, S_q, S_k); differentiable. A bool keeps the
+            keys that are True.
+        dropout_p: Probability that a weight is dropped, in [0, 1).
+        dropout_seed: An int or an int64 tensor; the same seed drops the same (b, h, i, j) whatever
+            the tile sizes. Default: drawn from PyTorch's generator.
         deterministic: The backward is the same to the bit from run to run either way.
         return_lse: Give the log-sum-exp of the scores too.
 
     Returns:
-        o (B, S_q, H, D) in the dtype of q, the autocast dtype under autocast; with
-        ``return_lse``, also lse (B, H, S_q) float32, natural log, differentiable. A row that sees
-        no key gives o = 0, lse = -inf and gradients of 0.
+        o (B, S_q, H, D_v) in the dtype of q, the autocast dtype under autocast; with
+        ``return_lse``, also lse (B, H, S_q) float32, natural log, sinks included, differentiable.
+        A row that sees no key gives o = 0, lse = -inf (the sink, if there is one) and gradients
+        of 0.
 
     Raises:
-        ValueError: Shapes or dtypes that do not fit, or an option that is not supported.
+        ValueError: Shapes, dtypes or options that do not fit.
     """
-    _check_options(window_size, softcap, alibi_slopes, sinks, bias, dropout_p)
-    o, lse = attend_scaled(q, k, v, softmax_scale, _band_of(causal, q, k))
+    check_options(
+        "flash_attention", q, window_size, softcap, alibi_slopes, sinks, dropout_p, q.shape[0]
+    )
+    q, k, v = autocast(q, k, v)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    q, scale = positive(q, scale)
+    left, right = window_band(causal, window_size, k.shape[1] - q.shape[1])
+    seed = as_seed(dropout_seed, dropout_p, q.device)
+    o, lse = attend(
+        q, k, v, sinks, as_bias(bias), as_slopes(alibi_slopes), seed, None, None,
+        scale, left, right, float(softcap), float(dropout_p),
+    )  # fmt: skip
     return (o, lse) if return_lse else o
 
 

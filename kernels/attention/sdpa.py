@@ -107,7 +107,12 @@ def scaled_dot_product_attention(
     if len(batch) != 1:
         q, k, v = (x.reshape(-1, *x.shape[-3:]) for x in (q, k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o, _ = flash.attend_scaled(q, k, v, scale, (None, 0 if is_causal else None))
+    q, k, v = flash.autocast(q, k, v)
+    q, scale = flash.positive(q, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    o, _ = flash.attend(
+        q, k, v, None, None, None, None, None, None,
+        scale, None, 0 if is_causal else None, 0.0, 0.0,
+    )  # fmt: skip
     o = o.transpose(1, 2)
     if len(batch) != 1:
         o = o.reshape(*batch, *o.shape[1:])

@@ -1,0 +1,137 @@
+"""The backward launch: dq, dk, dv and the gradients of sinks and bias from those of o and lse."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from ._scores import score_of, tiles_of
+from ._tiles import block_d_of, tile_of
+from .backward import dkdv_kernel, dq_kernel, rows_kernel
+from .bias import dbias_kernel
+from .forward import band, rows_strided
+
+
+def backward_fake(
+    do: Tensor,
+    dlse: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    softcap: float,
+    dropout_p: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Empty dq, dk, dv, dsinks, dbias, contiguous; those that nobody wants have no elements."""
+    dq, dk, dv, dsinks, dbias = (
+        x.new_empty(x.shape) if x is not None and w else q.new_empty(0)
+        for x, w in zip((q, k, v, sinks, bias), wanted, strict=True)
+    )
+    return dq, dk, dv, dsinks, dbias
+
+
+def backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    softcap: float,
+    dropout_p: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dsinks, dbias; ``wanted`` says which. dk and dv come together."""
+    grads = backward_fake(
+        do, dlse, o, lse, q, k, v, sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k,
+        scale, left, right, softcap, dropout_p, wanted,
+    )  # fmt: skip
+    B, S_q, H, D = q.shape
+    S_k, H_kv, D_v = v.shape[1:]
+    if lse.numel() == 0 or S_k == 0 or cu_seqlens_q is not None:
+        for g in grads:  # rows past the last sequence have no program
+            g.zero_()
+    if lse.numel() == 0 or (S_k == 0 and sinks is None):
+        return grads
+    dq, dk, dv, dsinks, dbias = grads
+    q, k, v, o, do = (rows_strided(x) for x in (q, k, v, o, do))
+    lse = lse.contiguous()
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    block_d, block_dv = block_d_of(D), block_d_of(D_v)
+    block_m = min(64, max(16, 8192 // block_dv))
+    rows_kernel[(triton.cdiv(S_q, block_m) * B * H,)](
+        o, do, lse, dlse, lse2, delta,
+        *o.stride()[:3], *do.stride()[:3], *(dlse.stride() if dlse is not None else (None,) * 3),
+        H, S_q,
+        HEAD_DIM_V=D_v, BLOCK_DV=block_dv, BLOCK_M=block_m, num_warps=4,
+    )  # fmt: skip
+    if sinks is not None and wanted[3]:
+        share = torch.exp(sinks.float()[:, None] - lse)  # of a sink in its row's softmax
+        dsinks.copy_(-(share * delta).sum((0, 2)))
+    if S_k == 0:
+        return grads
+
+    left, right = band(left, right, S_q, S_k, cu_seqlens_q)
+    score = score_of(softcap, slopes, bias, dropout_p, seed)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
+    dims = {
+        "GROUP": H // H_kv,
+        "HEAD_DIM": D,
+        "HEAD_DIM_V": D_v,
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
+    }
+    if cu_seqlens_q is not None:
+        B = cu_seqlens_q.numel() - 1
+    if wanted[1] or wanted[2]:
+        # the kernel makes both: the one that nobody wants goes to a buffer of its own
+        dk, dv = (
+            g if w else torch.empty_like(x) for g, x, w in ((dk, k, wanted[1]), (dv, v, wanted[2]))
+        )
+        tile = tile_of("dkdv", q, max(block_d, block_dv))
+        dkdv_kernel[(tiles_of(S_k, B, tile.n, cu_seqlens_k) * H_kv,)](
+            q, k, v, do, lse2, delta, dk, dv,
+            cu_seqlens_q, cu_seqlens_k, score,
+            *strides, B, H_kv, S_q, S_k, left, right, scale,
+            **dims, **tile.options(),
+        )  # fmt: skip
+    if wanted[0]:
+        tile = tile_of("dq", q, max(block_d, block_dv))
+        dq_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
+            q, k, v, do, lse2, delta, dq,
+            cu_seqlens_q, cu_seqlens_k, score,
+            *strides, B, H, S_q, S_k, left, right, scale,
+            **dims, **tile.options(),
+        )  # fmt: skip
+    if bias is not None and wanted[4] and bias.numel():
+        tile = tile_of("dq", q, max(block_d, block_dv))
+        bias_b, bias_h, bias_m, bias_n = bias.shape
+        tiles = triton.cdiv(bias_m, tile.m) * triton.cdiv(bias_n, tile.n)
+        dbias_kernel[(tiles * bias_b * bias_h,)](
+            q, k, v, do, lse2, delta, dbias, score,
+            *strides, B, H, S_q, S_k, left, right, scale, *bias.shape,
+            **dims, **tile.options(), ONE_ROW=bias_m == 1, ONE_COL=bias_n == 1,
+        )  # fmt: skip
+    return grads
