@@ -254,20 +254,16 @@ def test_a_row_stride_that_32_bits_cannot_carry():
     ],
 )
 def test_sdpa_batch_dimensions(q, k):
-    given = {"query": leaf(*q), "key": leaf(*k), "value": leaf(*k)}
-    assert "interpreter" in explain(scaled_dot_product_attention, **given)
-    assert_within_contract(
-        outcome(scaled_dot_product_attention, given),
-        outcome(SDPA.reference, given),
-        outcome(SDPA.reference, doubled(given)),
-    )
+    sdpa_check({"query": leaf(*q), "key": leaf(*k), "value": leaf(*k)})
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"attn_mask": torch.ones(9, 11, dtype=torch.bool)}, "attn_mask"),
-        ({"dropout_p": 0.5}, "dropout_p"),
+        ({"attn_mask": torch.ones(9, 11, dtype=torch.bool), "is_causal": True}, "is_causal"),
+        ({"attn_mask": torch.ones(9, 12)}, "broadcast"),
+        ({"attn_mask": torch.ones(9, 11, dtype=torch.int64)}, "int64"),
+        ({"dropout_p": 1.0}, "dropout_p"),
         ({"value": torch.randn(2, 3, 11, 300)}, "head dimension"),
         ({"query": torch.randn(2, 3, 9, 8).double()}, "float64"),
         ({"key": torch.randn(2, 1, 11, 8), "value": torch.randn(2, 1, 11, 8)}, "heads"),
@@ -290,6 +286,68 @@ def test_sdpa_leaves_the_rest_to_pytorch(options, why):
 
     got, want = (result(f) for f in (scaled_dot_product_attention, F.scaled_dot_product_attention))
     assert torch.equal(got, want) if isinstance(want, torch.Tensor) else got == want
+
+
+def sdpa_check(given):
+    assert "interpreter" in explain(scaled_dot_product_attention, **given)
+    assert_within_contract(
+        outcome(scaled_dot_product_attention, given),
+        outcome(SDPA.reference, given),
+        outcome(SDPA.reference, doubled(given)),
+    )
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "float with a gradient"])
+@pytest.mark.parametrize(
+    "shape", [(9, 20), (1, 20), (3, 9, 20), (2, 1, 9, 20), (2, 3, 1, 1), (20,)]
+)
+def test_sdpa_masks(shape, kind):
+    torch.manual_seed(0)
+    given = {"query": leaf(2, 3, 9, 8), "key": leaf(2, 3, 20, 8), "value": leaf(2, 3, 20, 12)}
+    mask = torch.rand(shape) < 0.7
+    if kind != "bool":
+        mask = torch.randn(shape).masked_fill(~mask, -math.inf)
+        mask = mask.requires_grad_(kind == "float with a gradient")
+    sdpa_check(given | {"attn_mask": mask})
+
+
+@pytest.mark.parametrize(
+    "shape", [(9, 11), (3, 9, 11), (1, 1, 3, 1, 11), (2, 1, 3, 9, 1), (4, 1, 9, 1)]
+)
+def test_sdpa_masks_of_many_batch_dimensions(shape):
+    torch.manual_seed(0)
+    given = {n: leaf(2, 4, 3, 9 if n == "query" else 11, 8) for n in ("query", "key", "value")}
+    sdpa_check(given | {"attn_mask": torch.randn(shape)})
+
+
+def test_sdpa_masks_that_shift_whole_rows_have_no_gradient():
+    mask = leaf(2, 3, 9, 1)
+    given = {"query": leaf(2, 3, 9, 8), "key": leaf(2, 3, 20, 8), "value": leaf(2, 3, 20, 8)}
+    scaled_dot_product_attention(**given, attn_mask=mask).sum().backward()
+    assert mask.grad.abs().max() < 1e-5
+
+
+def test_sdpa_rows_that_a_mask_hides_whole_are_zero():
+    mask = torch.ones(9, 20, dtype=torch.bool)
+    mask[4] = False
+    given = {"query": leaf(2, 3, 9, 8), "key": leaf(2, 3, 20, 8), "value": leaf(2, 3, 20, 8)}
+    o = scaled_dot_product_attention(**given, attn_mask=mask)
+    assert (o[:, :, 4] == 0).all()
+    sdpa_check(given | {"attn_mask": mask})
+
+
+def test_sdpa_dropout():
+    """As many weights dropped as asked, the rest scaled up; the draw follows manual_seed."""
+    q, v = torch.zeros(2, 3, 40, 40), torch.eye(40).expand(2, 3, 40, 40)
+
+    def draw():
+        torch.manual_seed(0)
+        return scaled_dot_product_attention(q, q, v, dropout_p=0.25)
+
+    o = draw()
+    assert torch.equal(o, draw())
+    torch.testing.assert_close(o[o > 0], torch.full_like(o[o > 0], 1 / 30))
+    assert abs((o > 0).double().mean() - 0.75) < 0.02
 
 
 def test_sdpa_without_grouped_heads_matches_pytorchs_error():

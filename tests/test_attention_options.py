@@ -221,7 +221,7 @@ def test_softcaps(softcap):
 
 
 def test_dropout_drops_what_the_mask_says():
-    """q = 0 gives equal weights, v = I shows them."""
+    """Where q is 0 weights are equal; v = I shows them."""
     S, p = 40, 0.4
     q, v = torch.zeros(2, S, 3, S), torch.eye(S)[None, :, None, :].expand(2, S, 3, S)
     o = flash_attention(q, q, v, dropout_p=p, dropout_seed=7)

@@ -47,15 +47,10 @@ def score_of(
 ) -> Score:
     """The kernels' record of the options."""
     drops = dropout_p > 0.0
-    return Score(
-        softcap or None,
-        slopes,
-        strides_of(slopes)[0] if slopes is not None else None,
-        bias,
-        *(strides_of(bias) if bias is not None else (None,) * 4),
-        dropout_p if drops else None,
-        seed if drops else None,
-    )
+    by_batch = strides_of(slopes)[0] if slopes is not None else None
+    b, h, m, n = strides_of(bias) if bias is not None else (None,) * 4
+    p, seed = (dropout_p, seed) if drops else (None, None)
+    return Score(softcap or None, slopes, by_batch, bias, b, h, m, n, p, seed)
 
 
 @triton.jit
@@ -72,7 +67,7 @@ def is_shaped(score):
 def head_of(b, h, H, score):
     """What one head's scores need: its slope in base 2, its bias, and the dropout seed."""
     slope = 0.0
-    bias_ptr = score.bias_ptr
+    bias_ptr = 0
     seed = 0
     if score.slopes_ptr is not None:
         slope = tl.load(score.slopes_ptr + b * score.stride_slopes + h) * LOG2_E
@@ -180,14 +175,6 @@ def seen_keys(offs_m, offs_n, left, right, S_k):
     if left is not None:
         seen = seen & (offs_n >= offs_m + left)
     return seen
-
-
-@triton.jit
-def shifted(limit, S_q, S_k, cu_seqlens):
-    """A side of the band counted from the first rows; ragged batches give it from the last."""
-    if (limit is not None) and (cu_seqlens is not None):
-        limit += S_k - S_q
-    return limit
 
 
 # --- ragged batches -----------------------------------------------------------------------------

@@ -118,8 +118,11 @@ def _gpu_class(x: Tensor) -> str:
     return _class_of(driver.active.get_current_target().arch)
 
 
-def tile_of(kernel: str, x: Tensor, block_d: int) -> Tile:
-    """The tile that ships for this kernel on the GPU where ``x`` (..., D) lives."""
+def tile_of(kernel: str, x: Tensor, block_d: int, *, bias: bool = False) -> Tile:
+    """The tile that ships for this kernel on the GPU where ``x`` (..., D) lives.
+
+    A bias is a tile of its own beside the scores: the forward then takes half as many keys.
+    """
     if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
         return _INTERPRETED[kernel]
     row = max(block_d, 64)
@@ -127,7 +130,9 @@ def tile_of(kernel: str, x: Tensor, block_d: int) -> Tile:
         return _FLOAT[kernel][row]
     gpu = _gpu_class(x)
     tile = _HALF[kernel, gpu][row]
-    return tile if x.shape[-1] == block_d else _HALF_PADDED.get((kernel, gpu, row), tile)
+    if x.shape[-1] != block_d:
+        tile = _HALF_PADDED.get((kernel, gpu, row), tile)
+    return tile._replace(n=max(32, tile.n // 2)) if bias and kernel == "forward" else tile
 
 
 def block_d_of(D: int) -> int:

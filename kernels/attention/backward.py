@@ -25,7 +25,6 @@ from ._scores import (
     query_range,
     seen_keys,
     shape_scores,
-    shifted,
 )
 from ._tiles import dot, load_tile
 
@@ -90,14 +89,12 @@ def weights(
 
 
 @triton.jit
-def dropped(p, dp, rows, cols, head, seed, score):
-    """The weights p and do v^T as dropout leaves them."""
+def dropped(x, rows, cols, head, seed, score):
+    """A tile of p or do v^T as dropout leaves it."""
     if score.dropout_p is not None:
         keep = kept(rows, cols, head, seed, score)
-        grow = 1.0 / (1.0 - score.dropout_p)
-        return tl.where(keep, p * grow, 0.0), tl.where(keep, dp * grow, 0.0)
-    else:
-        return p, dp
+        x = tl.where(keep, x * (1.0 / (1.0 - score.dropout_p)), 0.0)
+    return x
 
 
 @triton.jit
@@ -132,9 +129,8 @@ def _gather_dkdv(
             dot(k, q.T), lse[None, :], rows, cols, slope, bias_ptr, left, right, S_q, S_k, scale,
             score, MASKED and ((left is not None) or (right is not None)),
         )  # fmt: skip
-        dpT = dot(v, do.T)
-        p_v, dpT = dropped(pT, dpT, rows, cols, head, seed, score)
-        dv = dot(p_v.to(do.dtype), do, dv)
+        dv = dot(dropped(pT, rows, cols, head, seed, score).to(do.dtype), do, dv)
+        dpT = dropped(dot(v, do.T), rows, cols, head, seed, score)
         dsT = pT * (dpT - delta[None, :]) * slack
         dk = dot(dsT.to(q.dtype), q, dk)
     return dk, dv
@@ -170,8 +166,10 @@ def dkdv_kernel(  # noqa: PLR0915
         q_ptr += start_q * stride_qm
         do_ptr += start_q * stride_dom
         stats = start_q
-        left = shifted(left, S_q, S_k, cu_seqlens_k)
-        right = shifted(right, S_q, S_k, cu_seqlens_k)
+        if left is not None:
+            left += S_k - S_q
+        if right is not None:
+            right += S_k - S_q
         out_rows = start_k + cols
     else:
         k_ptr += b * stride_kb
@@ -257,7 +255,7 @@ def _gather_dq(
             dot(q, k.T), lse[:, None], rows, cols, slope, bias_ptr, left, right, S_q, S_k, scale,
             score, MASKED,
         )  # fmt: skip
-        _, dp = dropped(p, dot(do, v.T), rows, cols, head, seed, score)
+        dp = dropped(dot(do, v.T), rows, cols, head, seed, score)
         ds = p * (dp - delta[:, None]) * slack
         dq = dot(ds.to(k.dtype), k, dq)
     return dq
@@ -296,8 +294,10 @@ def dq_kernel(  # noqa: PLR0915
         v_ptr += start_k * stride_vn
         stats = h * total_q + start_q + rows
         out_rows = start_q + rows
-        left = shifted(left, S_q, S_k, cu_seqlens_q)
-        right = shifted(right, S_q, S_k, cu_seqlens_q)
+        if left is not None:
+            left += S_k - S_q
+        if right is not None:
+            right += S_k - S_q
     else:
         q_ptr += b * stride_qb
         do_ptr += b * stride_dob

@@ -70,8 +70,7 @@ def dbias_kernel(  # noqa: PLR0915
             dot(q, k.T), lse[:, None], offs_m[:, None], offs_n[None, :], slope, bias_ptr,
             left, right, S_q, S_k, scale, score, True,
         )  # fmt: skip
-        dp = dot(do, v.T)
-        _, dp = dropped(p, dp, offs_m[:, None], offs_n[None, :], b * H + h, seed, score)
+        dp = dropped(dot(do, v.T), offs_m[:, None], offs_n[None, :], b * H + h, seed, score)
         dbias += p * (dp - delta[:, None])
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)

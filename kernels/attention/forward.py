@@ -25,7 +25,6 @@ from ._scores import (
     score_of,
     seen_keys,
     shape_scores,
-    shifted,
     tiles_of,
 )
 from ._tiles import block_d_of, dot, load_tile, tile_of
@@ -101,8 +100,10 @@ def _forward_kernel(  # noqa: PLR0915
         k_ptr += start_k * stride_kn
         v_ptr += start_k * stride_vn
         lse_ptr += h * total_q + start_q
-        left = shifted(left, S_q, S_k, cu_seqlens_q)
-        right = shifted(right, S_q, S_k, cu_seqlens_q)
+        if left is not None:
+            left += S_k - S_q
+        if right is not None:
+            right += S_k - S_q
     else:
         q_ptr += b * stride_qb
         o_ptr += b * stride_ob
@@ -248,7 +249,7 @@ def forward(
     q, k, v = rows_strided(q), rows_strided(k), rows_strided(v)
     left, right = band(left, right, S_q, S_k, cu_seqlens_q)
     block_d, block_dv = block_d_of(D), block_d_of(D_v)
-    tile = tile_of("forward", q, max(block_d, block_dv))
+    tile = tile_of("forward", q, max(block_d, block_dv), bias=bias is not None)
     if cu_seqlens_q is not None:
         B = cu_seqlens_q.numel() - 1
     _forward_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](

@@ -42,9 +42,7 @@ def _uncovered(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> str | None:
-    if attn_mask is not None:
-        return "attn_mask is given"
-    if dropout_p != 0.0:
+    if not 0.0 <= dropout_p < 1.0:
         return f"dropout_p is {dropout_p}"
     if min(query.dim(), key.dim(), value.dim()) < 2:
         return f"query has {query.dim()} dimensions, key {key.dim()}, value {value.dim()}"
@@ -55,17 +53,37 @@ def _uncovered(
     if v.shape[-3] != H_kv or (H_kv != H and not (enable_gqa and H_kv and H % H_kv == 0)):
         return f"query has {H} heads, key {H_kv}, value {v.shape[-3]}, enable_gqa is {enable_gqa}"
     batches = {tuple(x.shape[:-3]) for x in (q, k, v)}
-    if len(batches) > 1:
-        try:
-            torch.broadcast_shapes(*batches)
-        except RuntimeError:
-            return f"batch dimensions {sorted(batches)} do not broadcast"
+    try:
+        batch = torch.broadcast_shapes(*batches)
+    except RuntimeError:
+        return f"batch dimensions {sorted(batches)} do not broadcast"
+    if attn_mask is not None:
+        if is_causal:
+            return "attn_mask and is_causal are both given"
+        if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+            return f"attn_mask is {attn_mask.dtype} and query {query.dtype}"
+        full = (*batch, H, q.shape[-2], k.shape[-2])
+        if attn_mask.dim() > len(full) or any(
+            n not in (1, m) for n, m in zip(attn_mask.shape[::-1], full[::-1], strict=False)
+        ):
+            return f"attn_mask {tuple(attn_mask.shape)} does not broadcast to {full}"
     return flash.kernel_refuses({"query": query, "key": key, "value": value})
 
 
 def _headed(x: Tensor) -> Tensor:
     """``x`` (..., S, D) with a dimension of heads."""
     return x if x.dim() > 2 else x.unsqueeze(0)
+
+
+def _as_bias(mask: Tensor | None, batch: torch.Size) -> Tensor | None:
+    """The mask with one batch dimension and a dimension of heads, each 1 or whole."""
+    if mask is None:
+        return None
+    if mask.dim() > 3 and len(batch) != 1:
+        own = mask.shape[:-3]
+        mask = mask.expand(*batch, *mask.shape[-3:]) if own.numel() > 1 else mask
+        mask = mask.reshape(-1, *mask.shape[-3:])
+    return mask[(None,) * (4 - mask.dim())]
 
 
 @dispatched(eager=F.scaled_dot_product_attention, uncovered=_uncovered)
@@ -85,16 +103,17 @@ def scaled_dot_product_attention(
     Args:
         query: (..., H, S_q, D) float32, float16 or bfloat16; any strides.
         key: (..., H, S_k, D); with ``enable_gqa`` (..., H_kv, S_k, D), H a multiple of H_kv.
-        value: (..., H, S_k, D), heads as key's. Batch dimensions broadcast.
-        attn_mask: PyTorch runs the call if given.
-        dropout_p: PyTorch runs the call if not 0.
+        value: (..., H, S_k, D_v), heads as key's. Batch dimensions broadcast.
+        attn_mask: Broadcasts to (..., H, S_q, S_k): a bool keeps the keys that are True, a float is
+            added to the scores and may want a gradient. Not together with ``is_causal``.
+        dropout_p: Probability that a weight is dropped; the seed comes from PyTorch's generator.
         is_causal: Query i sees key j where j <= i: the first rows line up.
         scale: Factor of the scores; default 1 / sqrt(D).
         enable_gqa: Query head h reads KV head h // (H / H_kv).
 
     Returns:
-        (..., H, S_q, D) in the dtype of query, laid out (..., S_q, H, D). A row that sees no key
-        is 0.
+        (..., H, S_q, D_v) in the dtype of query, laid out (..., S_q, H, D_v). A row that sees no
+        key is 0.
 
     Raises:
         RuntimeError: What ``F.scaled_dot_product_attention`` raises, for inputs that do not fit.
@@ -109,9 +128,10 @@ def scaled_dot_product_attention(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     q, k, v = flash.autocast(q, k, v)
     q, scale = flash.positive(q, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    seed = flash.as_seed(None, dropout_p, q.device)
     o, _ = flash.attend(
-        q, k, v, None, None, None, None, None, None,
-        scale, None, 0 if is_causal else None, 0.0, 0.0,
+        q, k, v, None, _as_bias(attn_mask, batch), None, seed, None, None,
+        scale, None, 0 if is_causal else None, 0.0, float(dropout_p),
     )  # fmt: skip
     o = o.transpose(1, 2)
     if len(batch) != 1:
