@@ -5,14 +5,15 @@ from . import layer_norm as _layer_norm
 from ._dispatch import backend, explain
 from ._op import Op
 from .attention import flash as _flash
-from .attention import flash_attention, scaled_dot_product_attention
+from .attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention
 from .attention import sdpa as _sdpa
+from .attention import varlen as _varlen
 from .layer_norm import LayerNorm, layer_norm
 
 if _dispatch._cpu_runner == "interpreter":
     _interpreter.install()
 
-OPS = {module.OP.name: module.OP for module in (_layer_norm, _flash, _sdpa)}
+OPS = {module.OP.name: module.OP for module in (_layer_norm, _flash, _sdpa, _varlen)}
 
 __all__ = [
     "OPS",
@@ -21,6 +22,7 @@ __all__ = [
     "backend",
     "explain",
     "flash_attention",
+    "flash_attention_varlen",
     "layer_norm",
     "scaled_dot_product_attention",
 ]

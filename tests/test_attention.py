@@ -299,7 +299,7 @@ def sdpa_check(given):
 
 @pytest.mark.parametrize("kind", ["bool", "float", "float with a gradient"])
 @pytest.mark.parametrize(
-    "shape", [(9, 20), (1, 20), (3, 9, 20), (2, 1, 9, 20), (2, 3, 1, 1), (20,)]
+    "shape", [(9, 20), (1, 20), (3, 9, 20), (2, 1, 9, 20), (2, 3, 1, 20), (20,)]
 )
 def test_sdpa_masks(shape, kind):
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from memory_check import interp_check
 
 from fastlm.kernels import OPS, flash_attention
 from fastlm.kernels._interpreter import interpreted
-from fastlm.kernels.attention._scores import dropout_mask
+from fastlm.kernels.attention import _scores
 from fastlm.kernels.attention.eager import visible
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -220,12 +220,18 @@ def test_softcaps(softcap):
 # --- dropout ------------------------------------------------------------------------------------
 
 
+def dropout_mask(seed, p, B, H, S_q, S_k):
+    head = torch.arange(B * H).view(B, H, 1, 1)
+    i, j = torch.arange(S_q)[:, None], torch.arange(S_k)
+    return _scores.dropout_mask(torch.tensor(seed), p, head, i, j)
+
+
 def test_dropout_drops_what_the_mask_says():
     """Where q is 0 weights are equal; v = I shows them."""
     S, p = 40, 0.4
     q, v = torch.zeros(2, S, 3, S), torch.eye(S)[None, :, None, :].expand(2, S, 3, S)
     o = flash_attention(q, q, v, dropout_p=p, dropout_seed=7)
-    keep = dropout_mask(torch.tensor(7), p, 2, 3, S, S)
+    keep = dropout_mask(7, p, 2, 3, S, S)
     torch.testing.assert_close(o.transpose(1, 2), keep / (S * (1 - p)))
     assert abs(keep.double().mean() - (1 - p)) < 0.02
 
@@ -264,8 +270,8 @@ def test_dropout_under_activation_checkpointing():
 
 
 def test_a_64_bit_seed_uses_both_halves():
-    low = dropout_mask(torch.tensor(1), 0.5, 1, 1, 8, 64)
-    high = dropout_mask(torch.tensor(1 + (1 << 32)), 0.5, 1, 1, 8, 64)
+    low = dropout_mask(1, 0.5, 1, 1, 8, 64)
+    high = dropout_mask(1 + (1 << 32), 0.5, 1, 1, 8, 64)
     assert not torch.equal(low, high)
 
 

@@ -6,7 +6,7 @@ off is None, hence a compile-time constant: it leaves nothing in the machine cod
     s_ij = softcap(scale q_i k_j) - slope |i + S_k - S_q - j| + bias_ij, left <= j - i <= right
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -222,18 +222,12 @@ def tiles_of(S: int, B: int, block: int, cu_seqlens: Tensor | None) -> int:
 _MASK = 0xFFFFFFFF
 
 
-def dropout_mask(
-    seed: Tensor, dropout_p: float, B: int, H: int, S_q: int, S_k: int, **where: Any
-) -> Tensor:
-    """The kernels' keep mask (B, H, S_q, S_k), by the same Philox in int64 arithmetic."""
-    c = list(
-        torch.broadcast_tensors(
-            torch.arange(S_k, **where),
-            torch.arange(S_q, **where)[:, None],
-            torch.arange(B * H, **where).view(B, H, 1, 1),
-            torch.zeros((), dtype=torch.int64, **where),
-        )
-    )
+def dropout_mask(seed: Tensor, dropout_p: float, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The kernels' keep mask by the same Philox in int64 arithmetic.
+
+    ``head`` is b H + h; it, i and j are int64 and broadcast to the mask's shape.
+    """
+    c = list(torch.broadcast_tensors(j, i, head, torch.zeros_like(j)))
     key = [seed & _MASK, (seed >> 32) & _MASK]
     for _ in range(ROUNDS.value):
         low_a, high_a = _product(c[0], 0xD2511F53)

@@ -49,7 +49,7 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
         64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2),
     },
     ("dkdv", "a100"): {
-        64: Tile(64, 64, 4, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 2),
+        64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2),
     },
     ("dkdv", "hopper"): {
         64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(64, 32, 8, 2),
@@ -77,7 +77,6 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
 # Where D is not BLOCK_D the masks of the loads take registers: smaller tiles; unmeasured
 _HALF_PADDED: dict[tuple[str, str, int], Tile] = {
     ("forward", "small", 128): Tile(128, 32, 8, 2),
-    ("dkdv", "a100", 128): Tile(64, 64, 8, 2),
     ("dkdv", "hopper", 128): Tile(64, 64, 8, 2),
 }
 

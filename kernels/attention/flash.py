@@ -24,7 +24,7 @@ from .._op import Inputs, Op
 from .._register import eager_gradients, torch_op
 from . import forward as _forward
 from . import gradients as _gradients
-from .eager import attend_eager
+from .eager import attend_eager, attend_ragged_eager
 
 # --- launch -------------------------------------------------------------------------------------
 
@@ -62,44 +62,6 @@ def _differentiate(ctx, do, dlse):
 attend = torch_op(
     "flash_attention", fake=_forward.forward_fake, setup_context=_save, backward=_differentiate
 )(_forward.forward)
-
-
-def attend_ragged_eager(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    slopes: Tensor | None,
-    seed: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    scale: float,
-    left: int | None,
-    right: int | None,
-    softcap: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """The sequences of (1, T, H, D) tensors one by one; rows past the last give 0 and -inf."""
-    outs, lses = [], []
-    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for b in range(len(ends_q) - 1):
-        rows, cols = slice(*ends_q[b : b + 2]), slice(*ends_k[b : b + 2])
-        shift = (cols.stop - cols.start) - (rows.stop - rows.start)
-        o, lse = attend_eager(
-            q[:, rows], k[:, cols], v[:, cols], sinks, None,
-            slopes[b : b + 1] if slopes is not None and slopes.shape[0] > 1 else slopes,
-            seed, scale,
-            None if left is None else left + shift,
-            None if right is None else right + shift,
-            softcap, dropout_p, b,
-        )  # fmt: skip
-        outs.append(o)
-        lses.append(lse)
-    unused = q.shape[1] - ends_q[-1]
-    outs.append(q.new_zeros(1, unused, q.shape[2], v.shape[3]))
-    lses.append(outs[0].new_full((1, q.shape[2], unused), -math.inf, dtype=lses[0].dtype))
-    return torch.cat(outs, 1), torch.cat(lses, 2)
 
 
 # --- public -------------------------------------------------------------------------------------

@@ -244,14 +244,16 @@ def forward(
     )  # fmt: skip
     B, S_q, H, D = q.shape
     S_k, H_kv, D_v = v.shape[1:]
-    if lse.numel() == 0:
+    if cu_seqlens_q is not None:  # rows past the last sequence have no program
+        o.zero_()
+        lse.fill_(float("-inf"))
+        B = cu_seqlens_q.numel() - 1
+    if lse.numel() == 0 or B == 0:
         return o, lse
     q, k, v = rows_strided(q), rows_strided(k), rows_strided(v)
     left, right = band(left, right, S_q, S_k, cu_seqlens_q)
     block_d, block_dv = block_d_of(D), block_d_of(D_v)
     tile = tile_of("forward", q, max(block_d, block_dv), bias=bias is not None)
-    if cu_seqlens_q is not None:
-        B = cu_seqlens_q.numel() - 1
     _forward_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
         q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, sinks,
         score_of(softcap, slopes, bias, dropout_p, seed),

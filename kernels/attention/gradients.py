@@ -42,6 +42,16 @@ def backward_fake(
     return dq, dk, dv, dsinks, dbias
 
 
+def _sinks_gradient(dsinks: Tensor, sinks: Tensor, lse: Tensor, delta: Tensor) -> None:
+    share = torch.exp(sinks.float()[:, None] - lse)  # of a sink in its row's softmax
+    dsinks.copy_(-(share * delta).sum((0, 2)))
+
+
+def _scratch(grad: Tensor, x: Tensor, wanted: bool) -> Tensor:
+    """Where a kernel that makes two gradients puts the one that nobody wants."""
+    return grad if wanted else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def backward(
     do: Tensor,
     dlse: Tensor | None,
@@ -88,8 +98,7 @@ def backward(
         HEAD_DIM_V=D_v, BLOCK_DV=block_dv, BLOCK_M=block_m, num_warps=4,
     )  # fmt: skip
     if sinks is not None and wanted[3]:
-        share = torch.exp(sinks.float()[:, None] - lse)  # of a sink in its row's softmax
-        dsinks.copy_(-(share * delta).sum((0, 2)))
+        _sinks_gradient(dsinks, sinks, lse, delta)
     if S_k == 0:
         return grads
 
@@ -105,11 +114,10 @@ def backward(
     }
     if cu_seqlens_q is not None:
         B = cu_seqlens_q.numel() - 1
+    if B == 0:
+        return grads
     if wanted[1] or wanted[2]:
-        # the kernel makes both: the one that nobody wants goes to a buffer of its own
-        dk, dv = (
-            g if w else torch.empty_like(x) for g, x, w in ((dk, k, wanted[1]), (dv, v, wanted[2]))
-        )
+        dk, dv = _scratch(dk, k, wanted[1]), _scratch(dv, v, wanted[2])
         tile = tile_of("dkdv", q, max(block_d, block_dv))
         dkdv_kernel[(tiles_of(S_k, B, tile.n, cu_seqlens_k) * H_kv,)](
             q, k, v, do, lse2, delta, dk, dv,
