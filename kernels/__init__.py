@@ -4,8 +4,15 @@ from . import _dispatch, _interpreter
 from . import layer_norm as _layer_norm
 from ._dispatch import backend, explain
 from ._op import Op
+from .attention import decode as _decode
 from .attention import flash as _flash
-from .attention import flash_attention, flash_attention_varlen, scaled_dot_product_attention
+from .attention import (
+    flash_attention,
+    flash_attention_decode,
+    flash_attention_varlen,
+    merge_attention,
+    scaled_dot_product_attention,
+)
 from .attention import sdpa as _sdpa
 from .attention import varlen as _varlen
 from .layer_norm import LayerNorm, layer_norm
@@ -13,7 +20,7 @@ from .layer_norm import LayerNorm, layer_norm
 if _dispatch._cpu_runner == "interpreter":
     _interpreter.install()
 
-OPS = {module.OP.name: module.OP for module in (_layer_norm, _flash, _sdpa, _varlen)}
+OPS = {module.OP.name: module.OP for module in (_layer_norm, _flash, _sdpa, _varlen, _decode)}
 
 __all__ = [
     "OPS",
@@ -22,7 +29,9 @@ __all__ = [
     "backend",
     "explain",
     "flash_attention",
+    "flash_attention_decode",
     "flash_attention_varlen",
     "layer_norm",
+    "merge_attention",
     "scaled_dot_product_attention",
 ]

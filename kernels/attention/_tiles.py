@@ -117,10 +117,10 @@ def _gpu_class(x: Tensor) -> str:
     return _class_of(driver.active.get_current_target().arch)
 
 
-def tile_of(kernel: str, x: Tensor, block_d: int, *, bias: bool = False) -> Tile:
+def tile_of(kernel: str, x: Tensor, block_d: int, *, crowded: bool = False) -> Tile:
     """The tile that ships for this kernel on the GPU where ``x`` (..., D) lives.
 
-    A bias is a tile of its own beside the scores: the forward then takes half as many keys.
+    ``crowded``: a bias or dropout keeps a second tile beside the scores, and wants 8 warps for it.
     """
     if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
         return _INTERPRETED[kernel]
@@ -131,7 +131,16 @@ def tile_of(kernel: str, x: Tensor, block_d: int, *, bias: bool = False) -> Tile
     tile = _HALF[kernel, gpu][row]
     if x.shape[-1] != block_d:
         tile = _HALF_PADDED.get((kernel, gpu, row), tile)
-    return tile._replace(n=max(32, tile.n // 2)) if bias and kernel == "forward" else tile
+    return _crowded(kernel, gpu, tile) if crowded else tile
+
+
+def _crowded(kernel: str, gpu: str, tile: Tile) -> Tile:
+    """A tile with room for a second one of its size in registers; unmeasured."""
+    if kernel == "forward":
+        return tile._replace(n=min(tile.n, 64 if gpu == "hopper" else 32), warps=8)
+    if (kernel, gpu, tile) == ("dkdv", "a100", Tile(64, 64, 4, 2)):
+        return Tile(64, 32, 4, 2)  # with 8 warps ptxas gives it 32 registers and spills the rest
+    return tile._replace(warps=8)
 
 
 def block_d_of(D: int) -> int:

@@ -199,13 +199,12 @@ def _ragged_backward(
     dropout_p: float,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    given = [
-        None if t is None else t.detach().requires_grad_(w)
-        for t, w in zip((q, k, v, sinks), wanted, strict=True)
-    ]
+    q, k, v = (t.detach().requires_grad_(w) for t, w in zip((q, k, v), wanted[:3], strict=True))
+    sinks = None if sinks is None else sinks.detach().requires_grad_(wanted[3])
+    given = (q, k, v, sinks)
     with torch.enable_grad():
         outs = attend_ragged_eager(
-            *given, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k,
+            q, k, v, sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k,
             scale, left, right, softcap, dropout_p,
         )  # fmt: skip
     leaves = [t for t in given if t is not None and t.requires_grad]

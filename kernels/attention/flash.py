@@ -369,15 +369,27 @@ def _example(
     } | options
 
 
-def work(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, **_: object) -> tuple[int, int]:
+def work(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    **_: object,
+) -> tuple[int, int]:
     """Bytes: q, k, v and o once. FLOPs: two products over the scores that are seen."""
     B, S_q, H, D = q.shape
-    S_k = k.shape[1]
-    scores = S_q * S_k
-    if causal:  # rows see S_k - S_q + 1 .. S_k keys
-        n = min(S_q, S_k)
-        scores = n * (S_k - n) + n * (n + 1) // 2
-    return 2 * q.nbytes + k.nbytes + v.nbytes, 4 * B * H * scores * D
+    S_k, D_v = v.shape[1], v.shape[3]
+    shift = S_k - S_q
+    left, right = window_band(causal, window_size, shift)
+    scores = 0
+    for i in range(S_q):
+        low = 0 if left is None else max(0, i + left)
+        high = S_k if right is None else min(S_k, i + right + 1)
+        scores += max(0, high - low)
+    o_bytes = q.nbytes // max(D, 1) * D_v
+    return q.nbytes + k.nbytes + v.nbytes + o_bytes, 2 * B * H * scores * (D + D_v)
 
 
 OP = Op(

@@ -184,6 +184,11 @@ def rows_strided(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many there are: the batch, or what the ragged batch of one holds."""
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+
+
 def band(
     left: int | None, right: int | None, S_q: int, S_k: int, cu_seqlens: Tensor | None
 ) -> tuple[int | None, int | None]:
@@ -247,13 +252,13 @@ def forward(
     if cu_seqlens_q is not None:  # rows past the last sequence have no program
         o.zero_()
         lse.fill_(float("-inf"))
-        B = cu_seqlens_q.numel() - 1
+    B = sequences(q, cu_seqlens_q)
     if lse.numel() == 0 or B == 0:
         return o, lse
     q, k, v = rows_strided(q), rows_strided(k), rows_strided(v)
     left, right = band(left, right, S_q, S_k, cu_seqlens_q)
     block_d, block_dv = block_d_of(D), block_d_of(D_v)
-    tile = tile_of("forward", q, max(block_d, block_dv), bias=bias is not None)
+    tile = tile_of("forward", q, max(block_d, block_dv), crowded=bias is not None or dropout_p > 0)
     _forward_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
         q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, sinks,
         score_of(softcap, slopes, bias, dropout_p, seed),

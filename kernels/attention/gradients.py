@@ -10,7 +10,7 @@ from ._scores import score_of, tiles_of
 from ._tiles import block_d_of, tile_of
 from .backward import dkdv_kernel, dq_kernel, rows_kernel
 from .bias import dbias_kernel
-from .forward import band, rows_strided
+from .forward import band, rows_strided, sequences
 
 
 def backward_fake(
@@ -73,17 +73,18 @@ def backward(
     dropout_p: float,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dsinks, dbias; ``wanted`` says which. dk and dv come together."""
+    """Gives dq, dk, dv, dsinks, dbias; ``wanted`` says which. dk and dv come together."""
     grads = backward_fake(
         do, dlse, o, lse, q, k, v, sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k,
         scale, left, right, softcap, dropout_p, wanted,
     )  # fmt: skip
     B, S_q, H, D = q.shape
     S_k, H_kv, D_v = v.shape[1:]
-    if lse.numel() == 0 or S_k == 0 or cu_seqlens_q is not None:
-        for g in grads:  # rows past the last sequence have no program
+    nothing = lse.numel() == 0 or sequences(q, cu_seqlens_q) == 0
+    if nothing or S_k == 0 or cu_seqlens_q is not None:  # rows of no sequence have no program
+        for g in grads:
             g.zero_()
-    if lse.numel() == 0 or (S_k == 0 and sinks is None):
+    if nothing:
         return grads
     dq, dk, dv, dsinks, dbias = grads
     q, k, v, o, do = (rows_strided(x) for x in (q, k, v, o, do))
@@ -105,6 +106,7 @@ def backward(
     left, right = band(left, right, S_q, S_k, cu_seqlens_q)
     score = score_of(softcap, slopes, bias, dropout_p, seed)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
+    width, crowded = max(block_d, block_dv), bias is not None or dropout_p > 0
     dims = {
         "GROUP": H // H_kv,
         "HEAD_DIM": D,
@@ -112,13 +114,10 @@ def backward(
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
     }
-    if cu_seqlens_q is not None:
-        B = cu_seqlens_q.numel() - 1
-    if B == 0:
-        return grads
+    B = sequences(q, cu_seqlens_q)
     if wanted[1] or wanted[2]:
         dk, dv = _scratch(dk, k, wanted[1]), _scratch(dv, v, wanted[2])
-        tile = tile_of("dkdv", q, max(block_d, block_dv))
+        tile = tile_of("dkdv", q, width, crowded=crowded)
         dkdv_kernel[(tiles_of(S_k, B, tile.n, cu_seqlens_k) * H_kv,)](
             q, k, v, do, lse2, delta, dk, dv,
             cu_seqlens_q, cu_seqlens_k, score,
@@ -126,7 +125,7 @@ def backward(
             **dims, **tile.options(),
         )  # fmt: skip
     if wanted[0]:
-        tile = tile_of("dq", q, max(block_d, block_dv))
+        tile = tile_of("dq", q, width, crowded=crowded)
         dq_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
             q, k, v, do, lse2, delta, dq,
             cu_seqlens_q, cu_seqlens_k, score,
@@ -134,7 +133,7 @@ def backward(
             **dims, **tile.options(),
         )  # fmt: skip
     if bias is not None and wanted[4] and bias.numel():
-        tile = tile_of("dq", q, max(block_d, block_dv))
+        tile = tile_of("dq", q, width, crowded=crowded)
         bias_b, bias_h, bias_m, bias_n = bias.shape
         tiles = triton.cdiv(bias_m, tile.m) * triton.cdiv(bias_n, tile.n)
         dbias_kernel[(tiles * bias_b * bias_h,)](

@@ -206,18 +206,24 @@ def _example(
 
 
 def work(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = False,
+    **_: object,
 ) -> tuple[int, int]:
     """Bytes: q, k, v and o once. FLOPs: those of each sequence."""
+
+    def one(x: Tensor, S: int) -> Tensor:
+        return torch.empty(1, S, *x.shape[1:], device="meta")
+
     flops = 0
-    lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
-    for S_q, S_k in lengths:
-        one = (
-            x.new_empty(1, S, *x.shape[1:], device="meta")
-            for x, S in ((q, S_q), (k, S_k), (v, S_k))
-        )
-        flops += flash.work(*one, causal=options.get("causal", False))[1]
-    return 2 * q.nbytes + k.nbytes + v.nbytes, flops
+    for S_q, S_k in zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True):
+        flops += flash.work(one(q, S_q), one(k, S_k), one(v, S_k), causal=causal)[1]
+    return q.nbytes + k.nbytes + v.nbytes + q.nbytes // q.shape[2] * v.shape[2], flops
 
 
 OP = Op(
