@@ -11,6 +11,7 @@ from .attention import (
     flash_attention_decode,
     flash_attention_varlen,
     merge_attention,
+    register,
     scaled_dot_product_attention,
 )
 from .attention import sdpa as _sdpa
@@ -33,5 +34,6 @@ __all__ = [
     "flash_attention_varlen",
     "layer_norm",
     "merge_attention",
+    "register",
     "scaled_dot_product_attention",
 ]

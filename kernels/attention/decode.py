@@ -134,6 +134,9 @@ def _uncovered(
 ) -> str | None:
     table = options.get("block_table")
     _check(q, k_cache, v_cache, cache_seqlens, table, options.get("num_splits", 0))
+    e4m3 = k_cache.dtype == torch.float8_e4m3fn
+    if e4m3 and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 9):
+        return "float8_e4m3fn wants a GPU of capability 8.9 or more"
     cache = k_cache.new_empty(0, q.shape[3], dtype=q.dtype)  # its own dtype is checked above
     return flash.kernel_refuses({"q": q, "k_cache": cache, "v_cache": v_cache[:0].to(q.dtype)})
 

@@ -28,7 +28,7 @@ from .eager import attend_eager, attend_ragged_eager
 
 # --- launch -------------------------------------------------------------------------------------
 
-_backward = torch_op("flash_attention_backward", fake=_gradients.backward_fake)(_gradients.backward)
+backward = torch_op("flash_attention_backward", fake=_gradients.backward_fake)(_gradients.backward)
 _TENSORS = 9  # the op's leading arguments, q to cu_seqlens_k
 
 
@@ -55,7 +55,7 @@ def _differentiate(ctx, do, dlse):
     if do is None:
         do = torch.zeros_like(o)
     wanted = list(ctx.needs_input_grad[:5])
-    grads = _backward(do, dlse, o, lse, *tensors, *ctx.options, wanted)
+    grads = backward(do, dlse, o, lse, *tensors, *ctx.options, wanted)
     return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *rest
 
 
