@@ -240,6 +240,33 @@ def test_a_row_stride_that_32_bits_cannot_carry():
     assert rows_strided(usual) is usual
 
 
+@pytest.mark.parametrize("D", [16, 40, 56])
+@pytest.mark.parametrize("causal", [False, True])
+def test_through_descriptors(monkeypatch, causal, D):
+    """Tiles read by TMA, as on Hopper and Blackwell."""
+    from fastlm.kernels.attention import _tiles
+
+    given = inputs(B=2, S_q=45, S_k=61, H=4, H_kv=2, D=D, causal=causal, dtype=torch.float16)
+    monkeypatch.setattr(_tiles, "_INTERPRETED_TMA", True)
+    assert _tiles.described(given["k"].detach(), 16, _tiles.block_d_of(D)) is not None
+    check(OP, given)
+
+
+def test_what_descriptors_cannot_address_goes_through_pointers(monkeypatch):
+    from fastlm.kernels.attention import _tiles
+
+    monkeypatch.setattr(_tiles, "_INTERPRETED_TMA", True)
+    plain = torch.randn(2, 20, 2, 16).half()
+    assert _tiles.described(plain, 16, 16) is not None
+    assert _tiles.described(plain.float(), 16, 16) is None
+    assert _tiles.described(plain[:, :, :1].expand(2, 20, 2, 16), 16, 16) is None  # a stride of 0
+    assert _tiles.described(plain[..., :9].contiguous(), 16, 16) is None  # rows of 18 bytes
+    assert (
+        _tiles.described(torch.randn(2 * 20 * 32 + 1).half()[1:].view(2, 20, 2, 16), 16, 16) is None
+    )
+    assert _tiles.described(plain[:1, :, :1], 16, 16) is not None  # of size 1: any stride
+
+
 # --- the drop-in --------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _dispatch
 
@@ -93,6 +94,7 @@ _INTERPRETED = {
     "dkdv": Tile(16, 32, 4, 1),
     "dq": Tile(32, 16, 4, 1),
 }
+_INTERPRETED_TMA = False  # pointers, as on most GPUs; tests turn it
 
 
 def _class_of(arch: int) -> str:
@@ -146,6 +148,32 @@ def _crowded(kernel: str, gpu: str, tile: Tile) -> Tile:
 def block_d_of(D: int) -> int:
     """The tile's width for a head dimension: a power of two that tensor cores take."""
     return max(16, triton.next_power_of_2(D))
+
+
+def described(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
+    """``x`` (B, S, H, D) as a TMA descriptor of tiles of rows, where the GPU and the strides allow.
+
+    A descriptor spares the loop its addresses and masks: reads past S or D give 0.
+    """
+    if x.dtype == torch.float32 or not _has_tma(x):
+        return None
+    # of a dimension of size 1 the stride is free
+    strides = [s if n > 1 else block_d for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
+    if x.data_ptr() % 16 or any(s == 0 or s * x.itemsize % 16 for s in strides):
+        return None
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, block_d])
+
+
+def _has_tma(x: Tensor) -> bool:
+    if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
+        return _INTERPRETED_TMA
+    return _gpu_class(x) in ("hopper", "blackwell")
+
+
+@triton.jit
+def load_rows(descriptor, b, row, h, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A (BLOCK, BLOCK_D) tile of one head through its descriptor."""
+    return descriptor.load([b.to(tl.int32), row, h.to(tl.int32), 0]).reshape(BLOCK, BLOCK_D)
 
 
 @triton.jit

@@ -27,17 +27,17 @@ from ._scores import (
     shape_scores,
     tiles_of,
 )
-from ._tiles import block_d_of, dot, load_tile, tile_of
+from ._tiles import block_d_of, described, dot, load_rows, load_tile, tile_of
 
 # --- kernels ------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _attend(
-    acc, l_i, m_i, q, k_ptr, v_ptr, start, stop,
+    acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, start, stop,
     stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale, score, slope, bias_ptr, head, seed,
     MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The running softmax over keys start..stop, taken a tile at a time."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -51,8 +51,11 @@ def _attend(
     for n in tl.range(start, stop, BLOCK_N):
         n = tl.multiple_of(n, BLOCK_N)
         mask_n = n + offs_n < S_k
-        k_ptrs = k_ptr + tl.cast(n, tl.int64) * stride_kn + k_offs
-        k = load_tile(k_ptrs, mask_n[None, :], mask_d, MASKED, HEAD_DIM != BLOCK_D)
+        if TMA:
+            k = load_rows(k_ptr, b, n, h_kv, BLOCK_N, BLOCK_D).T
+        else:
+            k_ptrs = k_ptr + tl.cast(n, tl.int64) * stride_kn + k_offs
+            k = load_tile(k_ptrs, mask_n[None, :], mask_d, MASKED, HEAD_DIM != BLOCK_D)
         rows = offs_m[:, None]
         cols = (n + offs_n)[None, :]
         s, _ = shape_scores(dot(q, k), rows, cols, slope, bias_ptr, S_q, S_k, scale, score)
@@ -67,21 +70,25 @@ def _attend(
         if score.dropout_p is not None:
             p = tl.where(kept(rows, cols, head, seed, score), p, 0.0)
         acc = acc * alpha[:, None]
-        v_ptrs = v_ptr + tl.cast(n, tl.int64) * stride_vn + v_offs
-        v = load_tile(v_ptrs, mask_n[:, None], mask_dv, MASKED, HEAD_DIM_V != BLOCK_DV)
+        if TMA:
+            v = load_rows(v_ptr, b, n, h_kv, BLOCK_N, BLOCK_DV)
+        else:
+            v_ptrs = v_ptr + tl.cast(n, tl.int64) * stride_vn + v_offs
+            v = load_tile(v_ptrs, mask_n[:, None], mask_dv, MASKED, HEAD_DIM_V != BLOCK_DV)
         acc = dot(p.to(v.dtype), v, acc)
         m_i = m_new
     return acc, l_i, m_i
 
 
 @triton.jit(do_not_specialize=["left", "right"])
-def _forward_kernel(  # noqa: PLR0915
+def _forward_kernel(  # noqa: C901, PLR0915
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_seqlens_q, cu_seqlens_k, sinks_ptr, score,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_ob, stride_om, stride_oh,
     B, H, S_q, S_k, left, right, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Ragged batches lie end to end in batch 0."""
     pid = tl.program_id(0)
@@ -107,12 +114,14 @@ def _forward_kernel(  # noqa: PLR0915
     else:
         q_ptr += b * stride_qb
         o_ptr += b * stride_ob
-        k_ptr += b * stride_kb
-        v_ptr += b * stride_vb
         lse_ptr += (b * H + h) * S_q
     h_kv = h // GROUP
-    k_ptr += h_kv * stride_kh
-    v_ptr += h_kv * stride_vh
+    if not TMA:
+        k_ptr += h_kv * stride_kh
+        v_ptr += h_kv * stride_vh
+        if cu_seqlens_q is None:
+            k_ptr += b * stride_kb
+            v_ptr += b * stride_vb
 
     offs_m = first + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -131,22 +140,22 @@ def _forward_kernel(  # noqa: PLR0915
     begin, full_begin, full_end, end = key_range(first, last, left, right, S_k, BLOCK_N)
     if left is not None:
         acc, l_i, m_i = _attend(
-            acc, l_i, m_i, q, k_ptr, v_ptr, begin, tl.minimum(full_begin, end),
+            acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, begin, tl.minimum(full_begin, end),
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed,
-            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
         )  # fmt: skip
     acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, k_ptr, v_ptr, full_begin, full_end,
+        acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, full_begin, full_end,
         stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
         score, slope, bias_ptr, head, seed,
-        False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+        False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
     )  # fmt: skip
     acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, k_ptr, v_ptr, tl.maximum(full_begin, full_end), end,
+        acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, tl.maximum(full_begin, full_end), end,
         stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
         score, slope, bias_ptr, head, seed,
-        True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+        True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
     )  # fmt: skip
 
     if not is_shaped(score):
@@ -259,12 +268,16 @@ def forward(
     left, right = band(left, right, S_q, S_k, cu_seqlens_q)
     block_d, block_dv = block_d_of(D), block_d_of(D_v)
     tile = tile_of("forward", q, max(block_d, block_dv), crowded=bias is not None or dropout_p > 0)
+    # descriptors pay in this kernel alone: dq and dkdv compile to more instructions with them
+    k_tiles, v_tiles = described(k, tile.n, block_d), described(v, tile.n, block_dv)
+    tma = cu_seqlens_q is None and k_tiles is not None and v_tiles is not None
     _forward_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
-        q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, sinks,
+        q, k_tiles if tma else k, v_tiles if tma else v, o, lse,
+        cu_seqlens_q, cu_seqlens_k, sinks,
         score_of(softcap, slopes, bias, dropout_p, seed),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
         B, H, S_q, S_k, left, right, scale,
         GROUP=H // H_kv, HEAD_DIM=D, HEAD_DIM_V=D_v, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        **tile.options(),
+        TMA=tma, **tile.options(),
     )  # fmt: skip
     return o, lse

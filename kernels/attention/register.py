@@ -171,8 +171,10 @@ def _sdpa_backward(
     grad, query, key, value, out, lse, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
     rng_state, unused, *, scale=None,
 ):  # fmt: skip
-    dense = (x.transpose(1, 2) for x in (grad, query, key, value, out))
-    grads = _run_backward(*dense, lse, None, None, dropout_p, is_causal, rng_state, scale, (-1, -1))
+    do, q, k, v, o = (x.transpose(1, 2) for x in (grad, query, key, value, out))
+    grads = _run_backward(
+        do, q, k, v, o, lse, None, None, dropout_p, is_causal, rng_state, scale, (-1, -1)
+    )
     return tuple(g.transpose(1, 2) for g in grads)
 
 
