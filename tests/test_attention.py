@@ -240,6 +240,37 @@ def test_a_row_stride_that_32_bits_cannot_carry():
     assert rows_strided(usual) is usual
 
 
+@pytest.fixture
+def lazy_memory(nan_in_fresh_memory):
+    """torch.empty leaves pages untouched, so that a tensor may be larger than the machine."""
+    torch.use_deterministic_algorithms(False)
+
+
+def test_offsets_past_2_to_the_31(lazy_memory):
+    """Between batches, and from the first to the last row of one sequence."""
+    torch.manual_seed(0)
+    far = torch.empty(2**31 + 2**12, dtype=torch.float16).as_strided(
+        (2, 40, 1, 16), (2**31, 16, 16, 1)
+    )
+    steep = torch.empty(2**22 * 520, dtype=torch.float16).as_strided(
+        (1, 520, 1, 16), (1, 2**22, 16, 1)
+    )
+    for x in (far, steep):
+        x.copy_(torch.randn(x.shape))
+        q = torch.randn(x.shape[0], 33, 1, 16).half()
+        near = x.contiguous()
+        assert torch.equal(flash_attention(q, x, x), flash_attention(q, near, near))
+        assert torch.equal(
+            flash_attention(x[:, -40:], near, near), flash_attention(near[:, -40:], near, near)
+        )
+        grads = []
+        for keys in (x, near):
+            k = keys.detach().requires_grad_()
+            flash_attention(q, k, k).backward(q)
+            grads.append(k.grad)
+        assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("D", [16, 40, 56])
 @pytest.mark.parametrize("causal", [False, True])
 def test_through_descriptors(monkeypatch, causal, D):

@@ -357,16 +357,27 @@ def _example(
     H: int,
     H_kv: int,
     D: int,
+    D_v: int | None = None,
+    bias: tuple[int, ...] | None = None,
+    sinks: bool = False,
+    alibi: bool = False,
     **options,
 ) -> Inputs:
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device).requires_grad_()
 
-    return {
+    inputs = {
         "q": leaf(B, S_q, H, D),
         "k": leaf(B, S_k, H_kv, D),
-        "v": leaf(B, S_k, H_kv, D),
-    } | options
+        "v": leaf(B, S_k, H_kv, D_v or D),
+    }
+    if bias is not None:
+        inputs["bias"] = leaf(*bias)
+    if sinks:
+        inputs["sinks"] = leaf(H)
+    if alibi:
+        inputs["alibi_slopes"] = torch.rand(H, device=device)
+    return inputs | options
 
 
 def work(
@@ -410,22 +421,52 @@ OP = Op(
         },
         {"B": 2, "S_q": 48, "S_k": 19, "H": 1, "H_kv": 1, "D": 40, "causal": True},
         {"B": 1, "S_q": 17, "S_k": 64, "H": 4, "H_kv": 2, "D": 80},
+        {
+            "B": 1,
+            "S_q": 34,
+            "S_k": 30,
+            "H": 2,
+            "H_kv": 1,
+            "D": 16,
+            "D_v": 24,
+            "causal": True,
+            "window_size": (20, -1),
+            "softcap": 3.0,
+            "bias": (2, 1, 30),
+            "sinks": True,
+            "alibi": True,
+            "dropout_p": 0.2,
+            "dropout_seed": 3,
+        },
         {"B": 1, "S_q": 0, "S_k": 5, "H": 1, "H_kv": 1, "D": 8},
         {"B": 1, "S_q": 3, "S_k": 0, "H": 1, "H_kv": 1, "D": 8, "return_lse": True},
     ),
-    bench_sizes=tuple(
+    bench_sizes=(
+        *(
+            {
+                "B": 2**14 // S,
+                "S_q": S,
+                "S_k": S,
+                "H": 2048 // D,
+                "H_kv": 2048 // D,
+                "D": D,
+                "causal": causal,
+            }
+            for D in (64, 128)
+            for S in (512, 2048, 8192)
+            for causal in (False, True)
+        ),
+        {"B": 2, "S_q": 8192, "S_k": 8192, "H": 16, "H_kv": 4, "D": 128, "causal": True},
         {
-            "B": 2**14 // S,
-            "S_q": S,
-            "S_k": S,
-            "H": 2048 // D,
-            "H_kv": 2048 // D,
-            "D": D,
-            "causal": c,
-        }
-        for D in (64, 128)
-        for S in (512, 2048, 8192)
-        for c in (False, True)
+            "B": 2,
+            "S_q": 8192,
+            "S_k": 8192,
+            "H": 16,
+            "H_kv": 16,
+            "D": 128,
+            "causal": True,
+            "window_size": (1023, 0),
+        },
     ),
     work=work,
 )

@@ -265,6 +265,7 @@ def forward(
     if lse.numel() == 0 or B == 0:
         return o, lse
     q, k, v = rows_strided(q), rows_strided(k), rows_strided(v)
+    sinks = None if sinks is None else sinks.contiguous()
     left, right = band(left, right, S_q, S_k, cu_seqlens_q)
     block_d, block_dv = block_d_of(D), block_d_of(D_v)
     tile = tile_of("forward", q, max(block_d, block_dv), crowded=bias is not None or dropout_p > 0)
