@@ -100,6 +100,7 @@ OPTIONS = {
     "mask": {"bias": torch.ones(1024, 1024, dtype=torch.bool)},
     "sinks": {"sinks": leaf(4)},
     "dropout": {"dropout_p": 0.1},
+    "blocks": {"block_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool)},
 }
 OPTIONS["all"] = {k: v for option in OPTIONS.values() for k, v in option.items()}
 
@@ -149,3 +150,12 @@ def test_special_launches_compile(name):
     """An argument of 1, sizes that no tile divides, unequal dimensions, other dtypes."""
     for launch in launches("sm80", CALLS[name]):
         assert launch.compile().metadata.shared <= SHARED["sm80"]
+
+
+def test_heads_of_8_times_an_odd_number_are_copied_wide():
+    """40 numbers a head: 16 bytes a copy all the same."""
+    q, k, v = (leaf(1, 256, 3, 40) for _ in "qkv")
+    for launch in launches("sm80", lambda: flash_attention(q, k, v)):
+        if launch.name != "rows_kernel":
+            opcodes = capture.sass_ops(launch.compile())
+            assert any(re.match(r"LDGSTS.*128", op) for op in opcodes), launch

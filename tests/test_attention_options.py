@@ -275,6 +275,72 @@ def test_a_64_bit_seed_uses_both_halves():
     assert not torch.equal(low, high)
 
 
+# --- block masks --------------------------------------------------------------------------------
+
+BLOCKS = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)[None, None]
+BY_HEAD = torch.stack([BLOCKS[0, 0], BLOCKS[0, 0].T.logical_not()])[None]
+
+
+def blocked(block_mask, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    given = OP.example(dtype, CPU, B=1, S_q=300, S_k=270, H=2, H_kv=1, D=16, **options)
+    return given | {"block_mask": block_mask, "return_lse": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True},
+        {"window_size": (140, 20)},
+        {"bias": (300, 1), "sinks": True, "dropout_p": 0.2, "dropout_seed": 4},
+    ],
+    ids=["plain", "causal", "window", "bias, sinks and dropout"],
+)
+@pytest.mark.parametrize("mask", [BLOCKS, BY_HEAD], ids=["shared", "by head"])
+def test_block_masks(mask, options):
+    check(OP, blocked(mask, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_block_masks_in_half_precision(dtype):
+    check(OP, blocked(BLOCKS, dtype))
+
+
+def test_memory_of_block_masks():
+    given = blocked(BLOCKS, causal=True)
+    with interp_check():
+        got = outcome(flash_attention, given)
+    assert_bitwise_equal(got, outcome(flash_attention, given))
+
+
+def test_hidden_blocks_are_never_read():
+    """NaN in keys that every block hides reaches nothing, and their tiles cost nothing."""
+    given = blocked(torch.tensor([[1, 0, 1]] * 3, dtype=torch.bool)[None, None])
+    poisoned = dict(given)
+    for name in "kv":
+        hidden = given[name].detach().clone()
+        hidden[:, 128:256] = math.nan
+        poisoned[name] = hidden.requires_grad_()
+    o, lse = flash_attention(**poisoned)
+    want = flash_attention(**given)
+    assert torch.equal(o, want[0])
+    assert torch.equal(lse, want[1])
+    o.sum().backward()
+    assert poisoned["q"].grad.isfinite().all()
+    assert (poisoned["k"].grad[:, 128:256] == 0).all()
+
+
+def test_flex_attentions_block_mask_is_one():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def far(b, h, i, j):
+        return (i - j).abs() // 128 != 1
+
+    mask = create_block_mask(far, 1, 1, 300, 270, device="cpu", BLOCK_SIZE=128)
+    check(OP, blocked(mask.to_dense().bool()))
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
@@ -286,6 +352,11 @@ def test_a_64_bit_seed_uses_both_halves():
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\); got 1.0"),
         ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes must be \(2,\) or \(2, 2\); got \(3,\)"),
         ({"sinks": torch.ones(1)}, r"sinks must be \(2,\); got \(1,\)"),
+        (
+            {"block_mask": torch.ones(1, 1, 1, 2, dtype=torch.bool)},
+            "block_mask must be bool .2, 2, 1, 1.",
+        ),
+        ({"block_mask": torch.ones(1, 1, 1, 1)}, "block_mask must be bool .*; got torch.float32"),
         ({"bias": torch.ones(3, S_K)}, r"bias must broadcast to \(2, 2, 21, 37\); got \(3, 37\)"),
     ],
 )

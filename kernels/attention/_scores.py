@@ -127,6 +127,50 @@ def kept(rows, cols, head, seed, score):
     return (draw.to(tl.uint32, bitcast=True) >> 1).to(tl.int32) >= threshold
 
 
+# --- block-sparse masks -------------------------------------------------------------------------
+
+SPARSE_BLOCK = 128  # queries and keys of one entry of a block mask, as FlexAttention's default
+SPARSE = tl.constexpr(SPARSE_BLOCK)
+
+
+class Blocks(NamedTuple):
+    """For each row of blocks, how many it visits and which; along keys for dk and dv."""
+
+    counts_ptr: Tensor  # (B or 1, H or 1, rows) int32
+    indices_ptr: Tensor  # (B or 1, H or 1, rows, columns) int32
+    stride_b: int
+    stride_h: int
+    columns: int
+
+
+def blocks_of(mask: Tensor | None, *, by_key: bool = False) -> Blocks | None:
+    """The lists of a bool block mask (B or 1, H or 1, row blocks, column blocks)."""
+    if mask is None:
+        return None
+    if by_key:
+        mask = mask.mT
+    b, h, _ = strides_of(mask.new_empty(mask.shape[:3], device="meta"))
+    counts = mask.sum(-1, dtype=torch.int32)
+    indices = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return Blocks(counts.contiguous(), indices.contiguous(), b, h, mask.shape[3])
+
+
+@triton.jit
+def visited(blocks, b, h, row):
+    """How many blocks a row of blocks visits, and where they are listed."""
+    at = b * blocks.stride_b + h * blocks.stride_h + row
+    return tl.load(blocks.counts_ptr + at), blocks.indices_ptr + at * blocks.columns
+
+
+@triton.jit
+def listed(t, blocks, list_ptr):
+    """Where the t-th row or column in a list of blocks lies."""
+    if blocks is not None:
+        t = tl.cast(t, tl.int32)
+        t = tl.load(list_ptr + t // SPARSE) * SPARSE + t % SPARSE
+    return t
+
+
 # --- which keys a query sees --------------------------------------------------------------------
 
 

@@ -17,14 +17,17 @@ import triton.language as tl
 
 from ._scores import (
     LOG2_E,
+    SPARSE,
     head_of,
     is_shaped,
     kept,
     key_range,
+    listed,
     locate,
     query_range,
     seen_keys,
     shape_scores,
+    visited,
 )
 from ._tiles import dot, load_tile
 
@@ -101,7 +104,7 @@ def dropped(x, rows, cols, head, seed, score):
 def _gather_dkdv(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, start, stop,
     stride_qm, stride_dom, S_q, S_k, offs_n, left, right, scale, score, slope, bias_ptr, head, seed,
-    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    blocks, list_ptr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk and dv of a tile of keys what queries start..stop of one head send."""
@@ -112,8 +115,8 @@ def _gather_dkdv(
     do_offs = offs_0[:, None] * stride_dom + offs_dv[None, :]
     mask_d = (offs_d < HEAD_DIM)[None, :]
     mask_dv = (offs_dv < HEAD_DIM_V)[None, :]
-    for m in tl.range(start, stop, BLOCK_M):
-        m = tl.multiple_of(m, BLOCK_M)
+    for t in tl.range(start, stop, BLOCK_M):
+        m = tl.multiple_of(listed(t, blocks, list_ptr), BLOCK_M)
         row = tl.cast(m, tl.int64)
         offs_m = m + offs_0
         mask_m = offs_m < S_q
@@ -139,7 +142,7 @@ def _gather_dkdv(
 @triton.jit(do_not_specialize=["left", "right"])
 def dkdv_kernel(  # noqa: PLR0915
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    cu_seqlens_q, cu_seqlens_k, score,
+    cu_seqlens_q, cu_seqlens_k, score, blocks,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_dob, stride_dom, stride_doh,
     B, H_kv, S_q, S_k, left, right, scale,
@@ -197,27 +200,36 @@ def dkdv_kernel(  # noqa: PLR0915
         delta_head = delta_ptr + stats + h * total_q
         slope, bias_ptr, seed = head_of(b, h, H_kv * GROUP, score)
         head = b * H_kv * GROUP + h
-        if right is not None:
+        if blocks is not None:
+            count, list_ptr = visited(blocks, b, h, first // SPARSE)
             dk, dv = _gather_dkdv(
-                dk, dv, k, v, q_head, do_head, lse_head, delta_head,
-                begin, tl.minimum(full_begin, end),
+                dk, dv, k, v, q_head, do_head, lse_head, delta_head, 0, count * SPARSE,
                 stride_qm, stride_dom, S_q, S_k, offs_n, left, right, scale,
-                score, slope, bias_ptr, head, seed,
+                score, slope, bias_ptr, head, seed, blocks, list_ptr,
                 True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
             )  # fmt: skip
-        dk, dv = _gather_dkdv(
-            dk, dv, k, v, q_head, do_head, lse_head, delta_head, full_begin, full_end,
-            stride_qm, stride_dom, S_q, S_k, offs_n, left, right, scale,
-            score, slope, bias_ptr, head, seed,
-            False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
-        )  # fmt: skip
-        dk, dv = _gather_dkdv(
-            dk, dv, k, v, q_head, do_head, lse_head, delta_head,
-            tl.maximum(full_begin, full_end), end,
-            stride_qm, stride_dom, S_q, S_k, offs_n, left, right, scale,
-            score, slope, bias_ptr, head, seed,
-            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
-        )  # fmt: skip
+        else:
+            if right is not None:
+                dk, dv = _gather_dkdv(
+                    dk, dv, k, v, q_head, do_head, lse_head, delta_head,
+                    begin, tl.minimum(full_begin, end),
+                    stride_qm, stride_dom, S_q, S_k, offs_n, left, right, scale,
+                    score, slope, bias_ptr, head, seed, None, 0,
+                    True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+                )  # fmt: skip
+            dk, dv = _gather_dkdv(
+                dk, dv, k, v, q_head, do_head, lse_head, delta_head, full_begin, full_end,
+                stride_qm, stride_dom, S_q, S_k, offs_n, left, right, scale,
+                score, slope, bias_ptr, head, seed, None, 0,
+                False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+            )  # fmt: skip
+            dk, dv = _gather_dkdv(
+                dk, dv, k, v, q_head, do_head, lse_head, delta_head,
+                tl.maximum(full_begin, full_end), end,
+                stride_qm, stride_dom, S_q, S_k, offs_n, left, right, scale,
+                score, slope, bias_ptr, head, seed, None, 0,
+                True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+            )  # fmt: skip
 
     # dk and dv are contiguous
     dk_ptrs = dk_ptr + (out_rows * H_kv + h_kv) * HEAD_DIM + offs_d[None, :]
@@ -230,7 +242,7 @@ def dkdv_kernel(  # noqa: PLR0915
 def _gather_dq(
     dq, q, do, lse, delta, k_ptr, v_ptr, start, stop,
     stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale, score, slope, bias_ptr, head, seed,
-    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    blocks, list_ptr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq of a tile of queries what keys start..stop send."""
@@ -241,8 +253,8 @@ def _gather_dq(
     v_offs = offs_0[:, None] * stride_vn + offs_dv[None, :]
     mask_d = (offs_d < HEAD_DIM)[None, :]
     mask_dv = (offs_dv < HEAD_DIM_V)[None, :]
-    for n in tl.range(start, stop, BLOCK_N):
-        n = tl.multiple_of(n, BLOCK_N)
+    for t in tl.range(start, stop, BLOCK_N):
+        n = tl.multiple_of(listed(t, blocks, list_ptr), BLOCK_N)
         offs_n = n + offs_0
         mask_n = (offs_n < S_k)[:, None]
         k_ptrs = k_ptr + tl.cast(n, tl.int64) * stride_kn + k_offs
@@ -264,7 +276,7 @@ def _gather_dq(
 @triton.jit(do_not_specialize=["left", "right"])
 def dq_kernel(  # noqa: PLR0915
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
-    cu_seqlens_q, cu_seqlens_k, score,
+    cu_seqlens_q, cu_seqlens_k, score, blocks,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_dob, stride_dom, stride_doh,
     B, H, S_q, S_k, left, right, scale,
@@ -321,25 +333,34 @@ def dq_kernel(  # noqa: PLR0915
     slope, bias_ptr, seed = head_of(b, h, H, score)
     head = b * H + h
     begin, full_begin, full_end, end = key_range(first, last, left, right, S_k, BLOCK_N)
-    if left is not None:
+    if blocks is not None:
+        count, list_ptr = visited(blocks, b, h, first // SPARSE)
         dq = _gather_dq(
-            dq, q, do, lse, delta, k_ptr, v_ptr, begin, tl.minimum(full_begin, end),
+            dq, q, do, lse, delta, k_ptr, v_ptr, 0, count * SPARSE,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
-            score, slope, bias_ptr, head, seed,
+            score, slope, bias_ptr, head, seed, blocks, list_ptr,
             True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
-    dq = _gather_dq(
-        dq, q, do, lse, delta, k_ptr, v_ptr, full_begin, full_end,
-        stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
-        score, slope, bias_ptr, head, seed,
-        False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
-    )  # fmt: skip
-    dq = _gather_dq(
-        dq, q, do, lse, delta, k_ptr, v_ptr, tl.maximum(full_begin, full_end), end,
-        stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
-        score, slope, bias_ptr, head, seed,
-        True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
-    )  # fmt: skip
+    else:
+        if left is not None:
+            dq = _gather_dq(
+                dq, q, do, lse, delta, k_ptr, v_ptr, begin, tl.minimum(full_begin, end),
+                stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
+                score, slope, bias_ptr, head, seed, None, 0,
+                True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+            )  # fmt: skip
+        dq = _gather_dq(
+            dq, q, do, lse, delta, k_ptr, v_ptr, full_begin, full_end,
+            stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
+            score, slope, bias_ptr, head, seed, None, 0,
+            False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+        )  # fmt: skip
+        dq = _gather_dq(
+            dq, q, do, lse, delta, k_ptr, v_ptr, tl.maximum(full_begin, full_end), end,
+            stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
+            score, slope, bias_ptr, head, seed, None, 0,
+            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+        )  # fmt: skip
 
     # dq is contiguous
     dq_ptrs = dq_ptr + ((out_rows * H + h) * HEAD_DIM)[:, None] + offs_d[None, :]

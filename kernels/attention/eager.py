@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._register import torch_op
-from ._scores import dropout_mask
+from ._scores import SPARSE_BLOCK, dropout_mask
 
 
 def visible(
@@ -35,6 +35,7 @@ def attend_eager(
     right: int | None,
     softcap: float,
     dropout_p: float,
+    block_mask: Tensor | None = None,
     batch: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q (B, S_q, H, D): o (B, S_q, H, D_v) and lse (B, H, S_q).
@@ -53,6 +54,9 @@ def attend_eager(
         head = torch.arange(batch * H, (batch + B) * H, device=q.device).view(B, H, 1, 1)
         keep = dropout_mask(seed, dropout_p, head, i, j)
     seen = visible(S_q, S_k, left, right, q.device)
+    if block_mask is not None:
+        spread = block_mask.repeat_interleave(SPARSE_BLOCK, 2).repeat_interleave(SPARSE_BLOCK, 3)
+        seen = seen & spread[:, :, :S_q, :S_k]
     return weigh(q, k, v, sinks, bias, ramp, keep, seen, scale, softcap, dropout_p)
 
 
@@ -132,7 +136,7 @@ def attend_ragged_eager(
             q[:, rows], k[:, cols], v[:, cols], sinks, None, own, seed, scale,
             None if left is None else left + shift,
             None if right is None else right + shift,
-            softcap, dropout_p, b,
+            softcap, dropout_p, None, b,
         )  # fmt: skip
         outs.append(o)
         lses.append(lse)

@@ -24,6 +24,7 @@ from .._op import Inputs, Op
 from .._register import eager_gradients, torch_op
 from . import forward as _forward
 from . import gradients as _gradients
+from ._scores import SPARSE_BLOCK
 from .eager import attend_eager, attend_ragged_eager
 
 # --- launch -------------------------------------------------------------------------------------
@@ -33,29 +34,30 @@ _TENSORS = 9  # the op's leading arguments, q to cu_seqlens_k
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*output, *inputs[:_TENSORS])
-    ctx.options = inputs[_TENSORS:]
+    *given, block_mask = inputs
+    ctx.save_for_backward(*output, block_mask, *given[:_TENSORS])
+    ctx.options = given[_TENSORS:]
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, do, dlse):
-    o, lse, *tensors = ctx.saved_tensors
+    o, lse, block_mask, *tensors = ctx.saved_tensors
     q, k, v, sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k = tensors
-    rest = (None,) * (_TENSORS - 5 + len(ctx.options))
+    rest = (None,) * (_TENSORS - 5 + len(ctx.options) + 1)
     if torch.is_grad_enabled():  # create_graph=True
         inputs = (q, k, v, sinks, bias)
 
         def eager(q, k, v, sinks, bias):
             given = (q, k, v, sinks, bias, slopes, seed)
             if cu_seqlens_q is None:
-                return attend_eager(*given, *ctx.options)
+                return attend_eager(*given, *ctx.options, block_mask)
             return attend_ragged_eager(*given, cu_seqlens_q, cu_seqlens_k, *ctx.options)
 
         return *eager_gradients(eager, inputs, (do, dlse)), *rest
     if do is None:
         do = torch.zeros_like(o)
     wanted = list(ctx.needs_input_grad[:5])
-    grads = backward(do, dlse, o, lse, *tensors, *ctx.options, wanted)
+    grads = backward(do, dlse, o, lse, *tensors, *ctx.options, wanted, block_mask)
     return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *rest
 
 
@@ -145,8 +147,14 @@ def check_options(
         raise ValueError(f"{op}: sinks must be ({H},); got {tuple(sinks.shape)}")
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> None:
-    """Raises where q, k, v and bias are not attention's inputs."""
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    block_mask: Tensor | None = None,
+) -> None:
+    """Raises where q, k, v and the masks are not attention's inputs."""
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
             raise ValueError(f"flash_attention: {name} must be (B, S, H, D); got {tuple(t.shape)}")
@@ -168,6 +176,19 @@ def check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> None:
         if not fits:
             raise ValueError(
                 f"flash_attention: bias must broadcast to {full}; got {tuple(bias.shape)}"
+            )
+
+    if block_mask is not None:
+        tiled = (B, H, -(-S_q // SPARSE_BLOCK), -(-k.shape[1] // SPARSE_BLOCK))
+        ones = (1, 1, *tiled[2:])
+        fits = block_mask.dim() == 4 and all(
+            n in pair
+            for n, pair in zip(block_mask.shape, zip(ones, tiled, strict=True), strict=True)
+        )
+        if not fits or block_mask.dtype != torch.bool:
+            raise ValueError(
+                f"flash_attention: block_mask must be bool {tiled}, the first two or 1; "
+                f"got {block_mask.dtype} {tuple(block_mask.shape)}"
             )
 
 
@@ -219,11 +240,12 @@ def reference(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    block_mask: Tensor | None = None,
     deterministic: bool = True,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in eager PyTorch, scores and all."""
-    check(q, k, v, bias)
+    check(q, k, v, bias, block_mask)
     check_options(
         "flash_attention", q, window_size, softcap, alibi_slopes, sinks, dropout_p, q.shape[0]
     )
@@ -232,7 +254,7 @@ def reference(
     seed = as_seed(dropout_seed, dropout_p, q.device)
     o, lse = attend_eager(
         q, k, v, sinks, as_bias(bias), as_slopes(alibi_slopes), seed,
-        scale, left, right, softcap, dropout_p,
+        scale, left, right, softcap, dropout_p, block_mask,
     )  # fmt: skip
     return (o, lse) if return_lse else o
 
@@ -269,9 +291,10 @@ def _uncovered(
     *,
     alibi_slopes: Tensor | None = None,
     bias: Tensor | None = None,
+    block_mask: Tensor | None = None,
     **_: object,
 ) -> str | None:
-    check(q, k, v, bias)
+    check(q, k, v, bias, block_mask)
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         return "alibi_slopes wants a gradient"
     return kernel_refuses({"q": q, "k": k, "v": v})
@@ -292,6 +315,7 @@ def flash_attention(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    block_mask: Tensor | None = None,
     deterministic: bool = True,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -318,6 +342,9 @@ def flash_attention(
         dropout_p: Probability that a weight is dropped, in [0, 1).
         dropout_seed: An int or an int64 tensor; the same seed drops the same (b, h, i, j) whatever
             the tile sizes. Default: drawn from PyTorch's generator.
+        block_mask: Bool (B or 1, H or 1, ceil(S_q / 128), ceil(S_k / 128)): blocks of 128 x 128
+            scores that are False are hidden and never visited, forward or backward; the other
+            masks still hold in the rest. FlexAttention's ``BlockMask.to_dense().bool()`` is one.
         deterministic: The backward is the same to the bit from run to run either way.
         return_lse: Give the log-sum-exp of the scores too.
 
@@ -340,7 +367,7 @@ def flash_attention(
     seed = as_seed(dropout_seed, dropout_p, q.device)
     o, lse = attend(
         q, k, v, sinks, as_bias(bias), as_slopes(alibi_slopes), seed, None, None,
-        scale, left, right, float(softcap), float(dropout_p),
+        scale, left, right, float(softcap), float(dropout_p), block_mask,
     )  # fmt: skip
     return (o, lse) if return_lse else o
 

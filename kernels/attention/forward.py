@@ -17,15 +17,19 @@ from torch import Tensor
 from ._scores import (
     LN_2,
     LOG2_E,
+    SPARSE,
+    blocks_of,
     head_of,
     is_shaped,
     kept,
     key_range,
+    listed,
     locate,
     score_of,
     seen_keys,
     shape_scores,
     tiles_of,
+    visited,
 )
 from ._tiles import block_d_of, described, dot, load_rows, load_tile, tile_of
 
@@ -36,7 +40,7 @@ from ._tiles import block_d_of, described, dot, load_rows, load_tile, tile_of
 def _attend(
     acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, start, stop,
     stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale, score, slope, bias_ptr, head, seed,
-    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    blocks, list_ptr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The running softmax over keys start..stop, taken a tile at a time."""
@@ -48,8 +52,8 @@ def _attend(
     mask_d = (offs_d < HEAD_DIM)[:, None]
     mask_dv = (offs_dv < HEAD_DIM_V)[None, :]
     factor = 1.0 if is_shaped(score) else scale * LOG2_E
-    for n in tl.range(start, stop, BLOCK_N):
-        n = tl.multiple_of(n, BLOCK_N)
+    for t in tl.range(start, stop, BLOCK_N):
+        n = tl.multiple_of(listed(t, blocks, list_ptr), BLOCK_N)
         mask_n = n + offs_n < S_k
         if TMA:
             k = load_rows(k_ptr, b, n, h_kv, BLOCK_N, BLOCK_D).T
@@ -83,7 +87,7 @@ def _attend(
 @triton.jit(do_not_specialize=["left", "right"])
 def _forward_kernel(  # noqa: C901, PLR0915
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_seqlens_q, cu_seqlens_k, sinks_ptr, score,
-    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
+    blocks, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_ob, stride_om, stride_oh,
     B, H, S_q, S_k, left, right, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
@@ -138,25 +142,34 @@ def _forward_kernel(  # noqa: C901, PLR0915
     head = b * H + h
     last = tl.minimum(first + BLOCK_M, S_q) - 1
     begin, full_begin, full_end, end = key_range(first, last, left, right, S_k, BLOCK_N)
-    if left is not None:
+    if blocks is not None:
+        count, list_ptr = visited(blocks, b, h, first // SPARSE)
         acc, l_i, m_i = _attend(
-            acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, begin, tl.minimum(full_begin, end),
+            acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, 0, count * SPARSE,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
-            score, slope, bias_ptr, head, seed,
+            score, slope, bias_ptr, head, seed, blocks, list_ptr,
             True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
         )  # fmt: skip
-    acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, full_begin, full_end,
-        stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
-        score, slope, bias_ptr, head, seed,
-        False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
-    )  # fmt: skip
-    acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, tl.maximum(full_begin, full_end), end,
-        stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
-        score, slope, bias_ptr, head, seed,
-        True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
-    )  # fmt: skip
+    else:
+        if left is not None:
+            acc, l_i, m_i = _attend(
+                acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, begin, tl.minimum(full_begin, end),
+                stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
+                score, slope, bias_ptr, head, seed, None, 0,
+                True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
+            )  # fmt: skip
+        acc, l_i, m_i = _attend(
+            acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, full_begin, full_end,
+            stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
+            score, slope, bias_ptr, head, seed, None, 0,
+            False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
+        )  # fmt: skip
+        acc, l_i, m_i = _attend(
+            acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, tl.maximum(full_begin, full_end), end,
+            stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
+            score, slope, bias_ptr, head, seed, None, 0,
+            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
+        )  # fmt: skip
 
     if not is_shaped(score):
         m_i *= scale * LOG2_E
@@ -193,6 +206,21 @@ def rows_strided(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def rows_aligned(x: Tensor) -> Tensor:
+    """The same, with heads of 8, 24, 40, ... numbers laid 16 apart: else each loads alone.
+
+    Triton knows an address by its divisibility by 16 elements or not at all.
+    """
+    x = rows_strided(x)
+    D = x.shape[3]
+    if D % 16 != 8 or all(
+        s % 16 == 0 for s, n in zip(x.stride()[:3], x.shape, strict=False) if n > 1
+    ):
+        return x
+    B, S, H, _ = x.shape
+    return x.new_empty(B, S, H, D + 8)[..., :D].copy_(x)
+
+
 def sequences(q: Tensor, cu_seqlens: Tensor | None) -> int:
     """How many there are: the batch, or what the ragged batch of one holds."""
     return q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -224,6 +252,7 @@ def forward_fake(
     right: int | None,
     softcap: float,
     dropout_p: float,
+    block_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Empty o (B, S_q, H, D_v) and lse (B, H, S_q)."""
     B, S_q, H, _ = q.shape
@@ -246,6 +275,7 @@ def forward(
     right: int | None,
     softcap: float,
     dropout_p: float,
+    block_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of q (B, S_q, H, D) over k and v (B, S_k, H_kv, D or D_v): o and lse.
 
@@ -264,7 +294,7 @@ def forward(
     B = sequences(q, cu_seqlens_q)
     if lse.numel() == 0 or B == 0:
         return o, lse
-    q, k, v = rows_strided(q), rows_strided(k), rows_strided(v)
+    q, k, v = rows_aligned(q), rows_aligned(k), rows_aligned(v)
     sinks = None if sinks is None else sinks.contiguous()
     left, right = band(left, right, S_q, S_k, cu_seqlens_q)
     block_d, block_dv = block_d_of(D), block_d_of(D_v)
@@ -275,7 +305,7 @@ def forward(
     _forward_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
         q, k_tiles if tma else k, v_tiles if tma else v, o, lse,
         cu_seqlens_q, cu_seqlens_k, sinks,
-        score_of(softcap, slopes, bias, dropout_p, seed),
+        score_of(softcap, slopes, bias, dropout_p, seed), blocks_of(block_mask),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
         B, H, S_q, S_k, left, right, scale,
         GROUP=H // H_kv, HEAD_DIM=D, HEAD_DIM_V=D_v, BLOCK_D=block_d, BLOCK_DV=block_dv,

@@ -6,11 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
-from ._scores import score_of, tiles_of
+from ._scores import Blocks, blocks_of, score_of, tiles_of
 from ._tiles import block_d_of, tile_of
 from .backward import dkdv_kernel, dq_kernel, rows_kernel
 from .bias import dbias_kernel
-from .forward import band, rows_strided, sequences
+from .forward import band, rows_aligned, sequences
 
 
 def backward_fake(
@@ -33,6 +33,7 @@ def backward_fake(
     softcap: float,
     dropout_p: float,
     wanted: Sequence[bool],
+    block_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Empty dq, dk, dv, dsinks, dbias, contiguous; those that nobody wants have no elements."""
     dq, dk, dv, dsinks, dbias = (
@@ -45,6 +46,14 @@ def backward_fake(
 def _sinks_gradient(dsinks: Tensor, sinks: Tensor, lse: Tensor, delta: Tensor) -> None:
     share = torch.exp(sinks.float()[:, None] - lse)  # of a sink in its row's softmax
     dsinks.copy_(-(share * delta).sum((0, 2)))
+
+
+def _block_flags(mask: Tensor | None) -> Blocks | None:
+    """A block mask as such, one number a block: what the gradient of a bias reads."""
+    if mask is None:
+        return None
+    lists = blocks_of(mask)
+    return lists and lists._replace(counts_ptr=mask.to(torch.int32).contiguous())
 
 
 def _scratch(grad: Tensor, x: Tensor, wanted: bool) -> Tensor:
@@ -72,6 +81,7 @@ def backward(
     softcap: float,
     dropout_p: float,
     wanted: Sequence[bool],
+    block_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gives dq, dk, dv, dsinks, dbias; ``wanted`` says which. dk and dv come together."""
     grads = backward_fake(
@@ -87,7 +97,7 @@ def backward(
     if nothing:
         return grads
     dq, dk, dv, dsinks, dbias = grads
-    q, k, v, o, do = (rows_strided(x) for x in (q, k, v, o, do))
+    q, k, v, o, do = (rows_aligned(x) for x in (q, k, v, o, do))
     lse = lse.contiguous()
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     block_d, block_dv = block_d_of(D), block_d_of(D_v)
@@ -120,7 +130,7 @@ def backward(
         tile = tile_of("dkdv", q, width, crowded=crowded)
         dkdv_kernel[(tiles_of(S_k, B, tile.n, cu_seqlens_k) * H_kv,)](
             q, k, v, do, lse2, delta, dk, dv,
-            cu_seqlens_q, cu_seqlens_k, score,
+            cu_seqlens_q, cu_seqlens_k, score, blocks_of(block_mask, by_key=True),
             *strides, B, H_kv, S_q, S_k, left, right, scale,
             **dims, **tile.options(),
         )  # fmt: skip
@@ -128,7 +138,7 @@ def backward(
         tile = tile_of("dq", q, width, crowded=crowded)
         dq_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
             q, k, v, do, lse2, delta, dq,
-            cu_seqlens_q, cu_seqlens_k, score,
+            cu_seqlens_q, cu_seqlens_k, score, blocks_of(block_mask),
             *strides, B, H, S_q, S_k, left, right, scale,
             **dims, **tile.options(),
         )  # fmt: skip
@@ -137,7 +147,7 @@ def backward(
         bias_b, bias_h, bias_m, bias_n = bias.shape
         tiles = triton.cdiv(bias_m, tile.m) * triton.cdiv(bias_n, tile.n)
         dbias_kernel[(tiles * bias_b * bias_h,)](
-            q, k, v, do, lse2, delta, dbias, score,
+            q, k, v, do, lse2, delta, dbias, score, _block_flags(block_mask),
             *strides, B, H, S_q, S_k, left, right, scale, *bias.shape,
             **dims, **tile.options(), ONE_ROW=bias_m == 1, ONE_COL=bias_n == 1,
         )  # fmt: skip
