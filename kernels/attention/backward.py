@@ -5,7 +5,8 @@ With p = e^(s - lse), recomputed a tile at a time, and t = scale q k^T before so
     delta = sum_d do o - dlse        dv = p^T do        ds = p (do v^T - delta) ds/dt
     dq = scale ds k                  dk = scale ds^T q        dsink = -sum_i e^(sink - lse) delta
 
-Dropout's mask and factor lie on p where it makes dv, and on do v^T.
+For dsink delta is sum_j p (do v^T) - dlse, which owes nothing to o's rounding. Dropout's mask and
+factor lie on p where it makes dv, and on do v^T.
 
 One kernel finds what belongs to a row, one dk and dv (a program owns a tile of keys and reads
 every query that sees it, over all query heads of its KV head), one dq. Each sum has one owner and
@@ -240,12 +241,12 @@ def dkdv_kernel(  # noqa: PLR0915
 
 @triton.jit
 def _gather_dq(
-    dq, q, do, lse, delta, k_ptr, v_ptr, start, stop,
+    dq, sums, q, do, lse, delta, k_ptr, v_ptr, start, stop,
     stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale, score, slope, bias_ptr, head, seed,
     blocks, list_ptr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Adds to dq of a tile of queries what keys start..stop send."""
+    """Adds to dq of a tile of queries what keys start..stop send, and to sums p do v^T."""
     offs_0 = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
@@ -268,14 +269,16 @@ def _gather_dq(
             score, MASKED,
         )  # fmt: skip
         dp = dropped(dot(do, v.T), rows, cols, head, seed, score)
+        if SUMS:
+            sums += tl.sum(p * dp, 1)
         ds = p * (dp - delta[:, None]) * slack
         dq = dot(ds.to(k.dtype), k, dq)
-    return dq
+    return dq, sums
 
 
 @triton.jit(do_not_specialize=["left", "right"])
 def dq_kernel(  # noqa: PLR0915
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, sums_ptr,
     cu_seqlens_q, cu_seqlens_k, score, blocks,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_dob, stride_dom, stride_doh,
@@ -330,38 +333,41 @@ def dq_kernel(  # noqa: PLR0915
     lse, delta = load_stats(lse_ptr + stats, delta_ptr + stats, mask_m, True)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    sums = tl.zeros([BLOCK_M], tl.float32)
     slope, bias_ptr, seed = head_of(b, h, H, score)
     head = b * H + h
     begin, full_begin, full_end, end = key_range(first, last, left, right, S_k, BLOCK_N)
     if blocks is not None:
         count, list_ptr = visited(blocks, b, h, first // SPARSE)
-        dq = _gather_dq(
-            dq, q, do, lse, delta, k_ptr, v_ptr, 0, count * SPARSE,
+        dq, sums = _gather_dq(
+            dq, sums, q, do, lse, delta, k_ptr, v_ptr, 0, count * SPARSE,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, blocks, list_ptr,
-            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, sums_ptr is not None,
         )  # fmt: skip
     else:
         if left is not None:
-            dq = _gather_dq(
-                dq, q, do, lse, delta, k_ptr, v_ptr, begin, tl.minimum(full_begin, end),
+            dq, sums = _gather_dq(
+                dq, sums, q, do, lse, delta, k_ptr, v_ptr, begin, tl.minimum(full_begin, end),
                 stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
                 score, slope, bias_ptr, head, seed, None, 0,
-                True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+                True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, sums_ptr is not None,
             )  # fmt: skip
-        dq = _gather_dq(
-            dq, q, do, lse, delta, k_ptr, v_ptr, full_begin, full_end,
+        dq, sums = _gather_dq(
+            dq, sums, q, do, lse, delta, k_ptr, v_ptr, full_begin, full_end,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, None, 0,
-            False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+            False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, sums_ptr is not None,
         )  # fmt: skip
-        dq = _gather_dq(
-            dq, q, do, lse, delta, k_ptr, v_ptr, tl.maximum(full_begin, full_end), end,
+        dq, sums = _gather_dq(
+            dq, sums, q, do, lse, delta, k_ptr, v_ptr, tl.maximum(full_begin, full_end), end,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, None, 0,
-            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N,
+            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, sums_ptr is not None,
         )  # fmt: skip
 
+    if sums_ptr is not None:
+        tl.store(sums_ptr + stats, sums, mask=mask_m)
     # dq is contiguous
     dq_ptrs = dq_ptr + ((out_rows * H + h) * HEAD_DIM)[:, None] + offs_d[None, :]
     tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d)

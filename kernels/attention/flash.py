@@ -50,7 +50,7 @@ def _differentiate(ctx, do, dlse):
         def eager(q, k, v, sinks, bias):
             given = (q, k, v, sinks, bias, slopes, seed)
             if cu_seqlens_q is None:
-                return attend_eager(*given, *ctx.options, block_mask)
+                return attend_eager(*given, *ctx.options, block_mask=block_mask)
             return attend_ragged_eager(*given, cu_seqlens_q, cu_seqlens_k, *ctx.options)
 
         return *eager_gradients(eager, inputs, (do, dlse)), *rest

@@ -43,8 +43,11 @@ def backward_fake(
     return dq, dk, dv, dsinks, dbias
 
 
-def _sinks_gradient(dsinks: Tensor, sinks: Tensor, lse: Tensor, delta: Tensor) -> None:
+def _sinks_gradient(
+    dsinks: Tensor, sinks: Tensor, lse: Tensor, sums: Tensor, dlse: Tensor | None
+) -> None:
     share = torch.exp(sinks.float()[:, None] - lse)  # of a sink in its row's softmax
+    delta = sums if dlse is None else sums - dlse
     dsinks.copy_(-(share * delta).sum((0, 2)))
 
 
@@ -61,7 +64,7 @@ def _scratch(grad: Tensor, x: Tensor, wanted: bool) -> Tensor:
     return grad if wanted else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def backward(
+def backward(  # noqa: C901
     do: Tensor,
     dlse: Tensor | None,
     o: Tensor,
@@ -108,9 +111,12 @@ def backward(
         H, S_q,
         HEAD_DIM_V=D_v, BLOCK_DV=block_dv, BLOCK_M=block_m, num_warps=4,
     )  # fmt: skip
+    sums = None
     if sinks is not None and wanted[3]:
-        _sinks_gradient(dsinks, sinks, lse, delta)
+        sums = torch.zeros_like(lse)
     if S_k == 0:
+        if sums is not None:
+            _sinks_gradient(dsinks, sinks, lse, sums, dlse)
         return grads
 
     left, right = band(left, right, S_q, S_k, cu_seqlens_q)
@@ -134,14 +140,17 @@ def backward(
             *strides, B, H_kv, S_q, S_k, left, right, scale,
             **dims, **tile.options(),
         )  # fmt: skip
-    if wanted[0]:
+    if wanted[0] or sums is not None:
+        dq = _scratch(dq, q, wanted[0])
         tile = tile_of("dq", q, width, crowded=crowded)
         dq_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
-            q, k, v, do, lse2, delta, dq,
+            q, k, v, do, lse2, delta, dq, sums,
             cu_seqlens_q, cu_seqlens_k, score, blocks_of(block_mask),
             *strides, B, H, S_q, S_k, left, right, scale,
             **dims, **tile.options(),
         )  # fmt: skip
+    if sums is not None:
+        _sinks_gradient(dsinks, sinks, lse, sums, dlse)
     if bias is not None and wanted[4] and bias.numel():
         tile = tile_of("dq", q, width, crowded=crowded)
         bias_b, bias_h, bias_m, bias_n = bias.shape
