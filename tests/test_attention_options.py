@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -382,3 +383,27 @@ def test_visible_is_the_band():
         [True, True, False, False],
         [False, True, True, False],
     ]
+
+
+# --- the documentation --------------------------------------------------------------------------
+
+
+def drawings():
+    from pathlib import Path
+
+    text = (Path(__file__).parent.parent / "docs" / "attention.md").read_text()
+    found = re.findall(r"^`(S_q=[^`]*)`[^\n]*\n\n```\n([#.\n]+)```", text, re.MULTILINE)
+    return [pytest.param(*drawing, id=drawing[0]) for drawing in found]
+
+
+@pytest.mark.parametrize(("options", "drawing"), drawings())
+def test_the_drawn_masks_are_the_kernels(options, drawing):
+    options = eval(f"dict({options})")  # the file is ours
+    S_q, S_k = options.pop("S_q"), options.pop("S_k")
+    q, v = torch.zeros(1, S_q, 1, S_k), torch.eye(S_k)[None, :, None, :]
+    seen = flash_attention(q, torch.zeros_like(v), v, **options)[0, :, 0] > 0
+    assert seen.tolist() == [[c == "#" for c in row] for row in drawing.split()]
+
+
+def test_every_drawing_is_read():
+    assert len(drawings()) == 6

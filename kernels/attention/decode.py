@@ -256,7 +256,8 @@ OP = Op(
     example=_example,
     sizes=(
         {"lengths": (1,), "S_q": 1, "S": 1, "H": 1, "H_kv": 1, "D": 1},
-        {"lengths": (100, 37), "S_q": 1, "S": 128, "H": 4, "H_kv": 2, "D": 16, "num_splits": 3},
+        {"lengths": (100, 37), "S_q": 1, "S": 128, "H": 4, "H_kv": 2, "D": 16, "num_splits": 3,
+         "causal": False},
         {"lengths": (50, 0, 3), "S_q": 3, "S": 64, "H": 2, "H_kv": 1, "D": 24, "page": 16,
          "return_lse": True},
     ),

@@ -48,10 +48,10 @@ def _differentiate(ctx, do, dlse):
         inputs = (q, k, v, sinks, bias)
 
         def eager(q, k, v, sinks, bias):
-            given = (q, k, v, sinks, bias, slopes, seed)
+            given = [q, k, v, sinks, bias, slopes, seed]
             if cu_seqlens_q is None:
-                return attend_eager(*given, *ctx.options, block_mask=block_mask)
-            return attend_ragged_eager(*given, cu_seqlens_q, cu_seqlens_k, *ctx.options)
+                return attend_eager(*[*given, *ctx.options, block_mask])
+            return attend_ragged_eager(*[*given, cu_seqlens_q, cu_seqlens_k, *ctx.options])
 
         return *eager_gradients(eager, inputs, (do, dlse)), *rest
     if do is None:
@@ -446,20 +446,20 @@ OP = Op(
             "causal": True,
             "return_lse": True,
         },
-        {"B": 2, "S_q": 48, "S_k": 19, "H": 1, "H_kv": 1, "D": 40, "causal": True},
+        {"B": 2, "S_q": 48, "S_k": 17, "H": 1, "H_kv": 1, "D": 40, "causal": True},
         {"B": 1, "S_q": 17, "S_k": 64, "H": 4, "H_kv": 2, "D": 80},
         {
             "B": 1,
             "S_q": 34,
-            "S_k": 30,
+            "S_k": 62,
             "H": 2,
             "H_kv": 1,
             "D": 16,
             "D_v": 24,
             "causal": True,
-            "window_size": (20, -1),
+            "window_size": (6, -1),
             "softcap": 3.0,
-            "bias": (2, 1, 30),
+            "bias": (2, 1, 62),
             "sinks": True,
             "alibi": True,
             "dropout_p": 0.2,

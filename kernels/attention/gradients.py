@@ -115,7 +115,7 @@ def backward(  # noqa: C901
     if sinks is not None and wanted[3]:
         sums = torch.zeros_like(lse)
     if S_k == 0:
-        if sums is not None:
+        if sinks is not None and sums is not None:
             _sinks_gradient(dsinks, sinks, lse, sums, dlse)
         return grads
 
@@ -149,7 +149,7 @@ def backward(  # noqa: C901
             *strides, B, H, S_q, S_k, left, right, scale,
             **dims, **tile.options(),
         )  # fmt: skip
-    if sums is not None:
+    if sinks is not None and sums is not None:
         _sinks_gradient(dsinks, sinks, lse, sums, dlse)
     if bias is not None and wanted[4] and bias.numel():
         tile = tile_of("dq", q, width, crowded=crowded)
