@@ -38,7 +38,7 @@ class Tile(NamedTuple):
 # (kernel, GPU class) -> {BLOCK_D: tile} for 16-bit inputs; unmeasured
 _HALF: dict[tuple[str, str], dict[int, Tile]] = {
     ("forward", "a100"): {
-        64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2),
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2),
     },
     ("forward", "hopper"): {
         64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2),
@@ -47,7 +47,7 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
         64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2),
     },
     ("forward", "small"): {
-        64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2),
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2),
     },
     ("dkdv", "a100"): {
         64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2),
@@ -62,7 +62,7 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
         64: Tile(32, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2),
     },
     ("dq", "a100"): {
-        64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2),
+        64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2),
     },
     ("dq", "hopper"): {
         64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2),
@@ -71,7 +71,7 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
         64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2),
     },
     ("dq", "small"): {
-        64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(32, 32, 4, 2),
+        64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 2),
     },
 }  # fmt: skip
 
