@@ -81,14 +81,25 @@ _HALF_PADDED: dict[tuple[str, str, int], Tile] = {
     ("dkdv", "hopper", 128): Tile(64, 64, 8, 2),
 }
 
-# Beside a bias or dropout, (kernel, BLOCK_D) where tensor cores are mma.sync; unmeasured. With 8
-# warps ptxas (CUDA 12.8) gives the 64 x 64 dkdv 32 registers on sm_80, and spills all the rest.
-_CROWDED: dict[tuple[str, int], Tile] = {
-    ("forward", 64): Tile(128, 32, 8, 2),
-    ("forward", 128): Tile(64, 32, 8, 2),
-    ("dkdv", 64): Tile(64, 32, 4, 2),
-    ("dq", 64): Tile(128, 32, 8, 2),
-    ("dq", 128): Tile(64, 64, 8, 2),
+# Beside a bias or dropout a second tile of scores lives in registers; unmeasured. With 8 warps
+# ptxas (CUDA 12.8) gives a 64 x 64 dkdv with a bias 32 registers on sm_80, and spills the rest.
+_CROWDED: dict[tuple[str, str, int], Tile] = {
+    ("forward", "a100", 64): Tile(128, 32, 8, 2),
+    ("forward", "small", 64): Tile(128, 32, 8, 2),
+    ("forward", "hopper", 64): Tile(128, 64, 8, 2),
+    ("forward", "blackwell", 64): Tile(128, 32, 8, 2),
+    ("forward", "a100", 128): Tile(64, 32, 8, 2),
+    ("forward", "small", 128): Tile(64, 32, 8, 2),
+    ("forward", "hopper", 128): Tile(128, 32, 8, 2),
+    ("forward", "blackwell", 128): Tile(128, 32, 8, 1),
+    ("dkdv", "a100", 64): Tile(64, 32, 4, 2),
+    ("dkdv", "small", 64): Tile(64, 32, 4, 2),
+    ("dkdv", "hopper", 128): Tile(32, 128, 8, 2),
+    ("dkdv", "blackwell", 128): Tile(32, 128, 8, 2),
+    ("dq", "a100", 64): Tile(128, 32, 8, 2),
+    ("dq", "small", 64): Tile(128, 32, 8, 2),
+    ("dq", "a100", 128): Tile(64, 64, 8, 2),
+    ("dq", "small", 128): Tile(64, 64, 8, 2),
 }
 
 # float32 goes through three tf32 products, which hold both halves of each operand; unmeasured
@@ -143,16 +154,9 @@ def tile_of(kernel: str, x: Tensor, block_d: int, *, crowded: bool = False) -> T
     tile = _HALF[kernel, gpu][row]
     if x.shape[-1] != block_d:
         tile = _HALF_PADDED.get((kernel, gpu, row), tile)
-    return _crowded(kernel, gpu, row, tile) if crowded else tile
-
-
-def _crowded(kernel: str, gpu: str, row: int, tile: Tile) -> Tile:
-    """A tile with room for a second one of its size in registers; unmeasured."""
-    if gpu in ("a100", "small"):  # mma.sync keeps its operands in registers too
-        return _CROWDED.get((kernel, row), tile._replace(warps=8))
-    if kernel == "forward":
-        return tile._replace(n=min(tile.n, 64 if gpu == "hopper" else 32), warps=8)
-    return tile._replace(warps=8)
+    if crowded:
+        tile = _CROWDED.get((kernel, gpu, row), tile._replace(warps=8))
+    return tile
 
 
 def block_d_of(D: int) -> int:

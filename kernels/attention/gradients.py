@@ -153,6 +153,7 @@ def backward(  # noqa: C901
         _sinks_gradient(dsinks, sinks, lse, sums, dlse)
     if bias is not None and wanted[4] and bias.numel():
         tile = tile_of("dq", q, width, crowded=crowded)
+        tile = tile._replace(n=min(tile.n, 32))  # a third tile: the sums
         bias_b, bias_h, bias_m, bias_n = bias.shape
         tiles = triton.cdiv(bias_m, tile.m) * triton.cdiv(bias_n, tile.n)
         dbias_kernel[(tiles * bias_b * bias_h,)](
