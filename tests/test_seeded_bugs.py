@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import test_attention_options
 import test_layer_norm
 import test_ops
 from triton.runtime.errors import InterpreterError
@@ -90,6 +91,7 @@ def cases(bug: Bug):
 FLOAT64 = test_ops.test_matches_float64_by_the_contract
 MEMORY = test_ops.test_reads_and_writes_only_its_tensors
 STRIDES = test_ops.test_any_strides_give_the_same_answer
+HIDDEN_ROWS = test_attention_options.test_rows_that_a_bias_hides_whole
 LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
 
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
@@ -113,7 +115,40 @@ LAYER_NORM = [
     ("_sum_parts_kernel", "(rows < P)[:, None] & ", "", MEMORY),
 ]
 
+# (op, kernel below fastlm.kernels.attention, ...): the ops share kernels, each by its own paths
+FLASH, RAGGED, DECODE = "flash_attention", "flash_attention_varlen", "flash_attention_decode"
+SDPA = "scaled_dot_product_attention"
+ATTENTION = [
+    (FLASH, "forward:_attend", "l_i = l_i * alpha +", "l_i = l_i +", FLOAT64),
+    (FLASH, "forward:_attend", "acc = acc * alpha[:, None]", "acc = acc * 1.0", FLOAT64),
+    (FLASH, "forward:_attend", 'tl.where(m_new == float("-inf"), 0.0, m_new)', "m_new", FLOAT64),
+    (FLASH, "forward:_forward_kernel", "h_kv = h // GROUP", "h_kv = h % (H // GROUP)", FLOAT64),
+    (FLASH, "forward:_forward_kernel", "offs_m, lse, mask=mask_m)", "offs_m, lse)", MEMORY),
+    (FLASH, "_scores:seen_keys", "offs_n <= last", "offs_n < last", FLOAT64),
+    (FLASH, "_scores:key_range", "last + right + 1", "last + right", FLOAT64),
+    (FLASH, "_scores:key_range", "first + right + 1", "last + right + 1", FLOAT64),
+    (FLASH, "_scores:key_range", "first + left, 0", "last + left, 0", FLOAT64),
+    (FLASH, "_scores:shape_scores", "tl.minimum(cols, S_k - 1)", "cols", MEMORY),
+    (FLASH, "_scores:kept", "(zero + rows)", "zero", FLOAT64),
+    (FLASH, "backward:rows_kernel", "delta -= tl.load", "delta += tl.load", FLOAT64),
+    (FLASH, "backward:rows_kernel", 'lse == float("-inf")', "lse == 0.0", HIDDEN_ROWS),
+    (FLASH, "backward:_gather_dkdv", "(dpT - delta[None, :])", "dpT", FLOAT64),
+    (FLASH, "backward:_gather_dq", " * slack", "", FLOAT64),
+    (FLASH, "backward:_gather_dq", "sums += tl.sum(p * dp, 1)", "sums += tl.sum(p, 1)", FLOAT64),
+    (FLASH, "backward:dkdv_kernel", "range(GROUP)", "range(1)", FLOAT64),
+    (FLASH, "bias:dbias_kernel", "tl.cdiv(S_q, BLOCK_M) if ONE_ROW", "1 if ONE_ROW", FLOAT64),
+    (SDPA, "forward:_forward_kernel", "h * stride_qh", "h * stride_kh", MEMORY),
+    (SDPA, "backward:dkdv_kernel", "(dk * scale)", "dk", FLOAT64),
+    (SDPA, "backward:dq_kernel", "- 1 - pid", "- pid", MEMORY),
+    (RAGGED, "_scores:locate", "+ middle <= t", "+ middle < t", FLOAT64),
+    (RAGGED, "forward:_forward_kernel", "k_ptr += start_k * stride_kn", "pass", FLOAT64),
+    (DECODE, "splits:_decode_kernel", "start = begin + split * share", "start = begin", FLOAT64),
+    (DECODE, "splits:_decode_kernel", "cols < length", "cols < capacity", FLOAT64),
+    (DECODE, "splits:_merge_kernel", 'other=float("-inf")', "other=0.0", FLOAT64),
+]  # fmt: skip
+
 BUGS = [Bug("layer_norm", f"layer_norm:{kernel}", *rest) for kernel, *rest in LAYER_NORM]
+BUGS += [Bug(op, f"attention.{kernel}", *rest) for op, kernel, *rest in ATTENTION]
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=str)

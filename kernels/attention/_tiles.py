@@ -1,0 +1,210 @@
+"""Tile shapes by kernel, GPU class and head dimension; loading and multiplying a tile.
+
+The rows were chosen by compiled code (no spills in the main loops, tensor cores, 16-byte copies,
+shared and tensor memory within the part's limits) and are unmeasured: no row has been timed.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .. import _dispatch
+
+
+class Tile(NamedTuple):
+    """A tile of BLOCK_M queries by BLOCK_N keys, and how it is launched."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.m,
+            "BLOCK_N": self.n,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+# (kernel, GPU class) -> {BLOCK_D: tile} for 16-bit inputs; unmeasured
+_HALF: dict[tuple[str, str], dict[int, Tile]] = {
+    ("forward", "a100"): {
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2),
+    },
+    ("forward", "hopper"): {
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2),
+    },
+    ("forward", "blackwell"): {
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2),
+    },
+    ("forward", "small"): {
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2),
+    },
+    ("dkdv", "a100"): {
+        64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2),
+    },
+    ("dkdv", "hopper"): {
+        64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(64, 32, 8, 2),
+    },
+    ("dkdv", "blackwell"): {
+        64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2),
+    },
+    ("dkdv", "small"): {
+        64: Tile(32, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2),
+    },
+    ("dq", "a100"): {
+        64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2),
+    },
+    ("dq", "hopper"): {
+        64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2),
+    },
+    ("dq", "blackwell"): {
+        64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2),
+    },
+    ("dq", "small"): {
+        64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 2),
+    },
+}  # fmt: skip
+
+# Where D is not BLOCK_D the masks of the loads take registers: smaller tiles; unmeasured
+_HALF_PADDED: dict[tuple[str, str, int], Tile] = {
+    ("forward", "small", 128): Tile(128, 32, 8, 2),
+    ("dkdv", "hopper", 128): Tile(64, 64, 8, 2),
+}
+
+# Beside a bias or dropout a second tile of scores lives in registers; unmeasured. With 8 warps
+# ptxas (CUDA 12.8) gives a 64 x 64 dkdv with a bias 32 registers on sm_80, and spills the rest.
+_CROWDED: dict[tuple[str, str, int], Tile] = {
+    ("forward", "a100", 64): Tile(128, 32, 8, 2),
+    ("forward", "small", 64): Tile(128, 32, 8, 2),
+    ("forward", "hopper", 64): Tile(128, 64, 8, 2),
+    ("forward", "blackwell", 64): Tile(128, 32, 8, 2),
+    ("forward", "a100", 128): Tile(64, 32, 8, 2),
+    ("forward", "small", 128): Tile(64, 32, 8, 2),
+    ("forward", "hopper", 128): Tile(128, 32, 8, 2),
+    ("forward", "blackwell", 128): Tile(128, 32, 8, 1),
+    ("dkdv", "a100", 64): Tile(64, 32, 4, 2),
+    ("dkdv", "small", 64): Tile(64, 32, 4, 2),
+    ("dkdv", "hopper", 128): Tile(32, 128, 8, 2),
+    ("dkdv", "blackwell", 128): Tile(32, 128, 8, 2),
+    ("dq", "a100", 64): Tile(128, 32, 8, 2),
+    ("dq", "small", 64): Tile(128, 32, 8, 2),
+    ("dq", "a100", 128): Tile(64, 64, 8, 2),
+    ("dq", "small", 128): Tile(64, 64, 8, 2),
+}
+
+# float32 goes through three tf32 products, which hold both halves of each operand; unmeasured
+_FLOAT: dict[str, dict[int, Tile]] = {
+    "forward": {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 8, 1)},
+    "dkdv": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "dq": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+
+# Small and unequal, so that a short test has whole tiles, diagonal tiles and a tail of each kind.
+_INTERPRETED = {
+    "forward": Tile(32, 16, 4, 1),
+    "dkdv": Tile(16, 32, 4, 1),
+    "dq": Tile(32, 16, 4, 1),
+}
+_INTERPRETED_TMA = False  # pointers, as on most GPUs; tests turn it
+
+
+def _class_of(arch: int) -> str:
+    """GPUs with the same tensor cores and about the same shared memory."""
+    if arch == 90:
+        return "hopper"
+    if 100 <= arch < 120:
+        return "blackwell"
+    if arch in (80, 87):
+        return "a100"
+    return "small"  # 86, 89, 120, 121: 99 KiB a block, mma.sync tensor cores
+
+
+@functools.cache
+def _class_of_device(index: int | None) -> str:
+    return _class_of(driver.active.get_current_target().arch)
+
+
+def _gpu_class(x: Tensor) -> str:
+    if x.is_cuda:
+        return _class_of_device(x.device.index)
+    return _class_of(driver.active.get_current_target().arch)
+
+
+def tile_of(kernel: str, x: Tensor, block_d: int, *, crowded: bool = False) -> Tile:
+    """The tile that ships for this kernel on the GPU where ``x`` (..., D) lives.
+
+    ``crowded``: a bias or dropout keeps a second tile beside the scores, and wants 8 warps for it.
+    """
+    if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
+        return _INTERPRETED[kernel]
+    row = max(block_d, 64)
+    if x.dtype == torch.float32:
+        return _FLOAT[kernel][row]
+    gpu = _gpu_class(x)
+    tile = _HALF[kernel, gpu][row]
+    if x.shape[-1] != block_d:
+        tile = _HALF_PADDED.get((kernel, gpu, row), tile)
+    if crowded:
+        tile = _CROWDED.get((kernel, gpu, row), tile._replace(warps=8))
+    return tile
+
+
+def block_d_of(D: int) -> int:
+    """The tile's width for a head dimension: a power of two that tensor cores take."""
+    return max(16, triton.next_power_of_2(D))
+
+
+def described(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
+    """``x`` (B, S, H, D) as a TMA descriptor of tiles of rows, where the GPU and the strides allow.
+
+    A descriptor spares the loop its addresses and masks: reads past S or D give 0.
+    """
+    if x.dtype == torch.float32 or not _has_tma(x):
+        return None
+    # of a dimension of size 1 the stride is free
+    strides = [s if n > 1 else block_d for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
+    if x.data_ptr() % 16 or any(s == 0 or s * x.itemsize % 16 for s in strides):
+        return None
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, block_d])
+
+
+def _has_tma(x: Tensor) -> bool:
+    if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
+        return _INTERPRETED_TMA
+    return _gpu_class(x) in ("hopper", "blackwell")
+
+
+@triton.jit
+def load_rows(descriptor, b, row, h, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A (BLOCK, BLOCK_D) tile of one head through its descriptor."""
+    return descriptor.load([b.to(tl.int32), row, h.to(tl.int32), 0]).reshape(BLOCK, BLOCK_D)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """``a @ b + acc``: float32 operands as three tf32 products, which keep 22 bits or more."""
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def load_tile(ptrs, rows_seen, dims_seen, CHECK_ROWS: tl.constexpr, CHECK_DIMS: tl.constexpr):
+    """A tile with zeros where a row or a dimension lies outside; the masks have the tile's rank."""
+    if CHECK_ROWS and CHECK_DIMS:
+        x = tl.load(ptrs, mask=rows_seen & dims_seen, other=0.0)
+    elif CHECK_ROWS:
+        x = tl.load(ptrs, mask=rows_seen, other=0.0)
+    elif CHECK_DIMS:
+        x = tl.load(ptrs, mask=dims_seen, other=0.0)
+    else:
+        x = tl.load(ptrs)
+    return x
