@@ -1,0 +1,896 @@
+r"""Adam and AdamW (Kingma & Ba 2015, https://arxiv.org/abs/1412.6980; Loshchilov & Hutter 2019,
+https://arxiv.org/abs/1711.05101), every tensor of a model in two launches.
+
+One step t for a gradient g (negated under ``maximize``), with s the gradient scale:
+
+    g = g / s                            p = p - lr * weight_decay * p          (AdamW)
+                                         g = g + weight_decay * p               (Adam)
+    exp_avg    = exp_avg    + (1 - beta1) * (g   - exp_avg)
+    exp_avg_sq = exp_avg_sq + (1 - beta2) * (g^2 - exp_avg_sq)
+    p = p - lr / (1 - beta1^t) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2^t)) + eps)
+
+``amsgrad`` divides by the largest exp_avg_sq so far. Scalars are computed in float64, elements in
+float32 and rounded once, so float16 and bfloat16 results are closer to float64 than eager's.
+
+The first kernel advances the steps and writes each tensor's scalars; the second walks all tensors
+through a table of addresses in chunks of equal size. Learning rates, betas and steps live in
+device memory: a schedule neither recompiles nor synchronises.
+
+Cost: reads p, g, exp_avg, exp_avg_sq and writes all but g: 28 bytes a parameter in float32,
+bound by memory.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.optim.adam import adam as torch_adam
+
+from . import _dispatch
+from ._dispatch import dispatched
+from ._op import Inputs, Op
+from ._register import torch_op
+
+
+def reference(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    decoupled_weight_decay: bool = True,
+) -> None:
+    """A step of PyTorch's for-loop over the tensors."""
+    if found_inf is not None and found_inf.item():
+        return
+    if grad_scale is not None:
+        grads = [g / grad_scale for g in grads]
+    with torch.no_grad():
+        torch_adam(
+            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps,
+            foreach=False, fused=False, amsgrad=amsgrad, beta1=beta1, beta2=beta2, lr=lr,
+            weight_decay=weight_decay, eps=eps, maximize=maximize,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )  # fmt: skip
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+# Rows of the table of tensors, and columns of the scalars that the update reads.
+_P, _G, _M, _V, _VMAX, _STEP, _NUMEL, _GROUP, _ROWS = (tl.constexpr(i) for i in range(9))
+_STEP_SIZE, _INV_SQRT_BC2, _DECAY, _L2, _C1, _C2, _EPS, _G_FACTOR, _GO = (
+    tl.constexpr(i) for i in range(9)
+)
+_SCALARS = tl.constexpr(16)  # columns: a row is one 64-byte sector pair
+_HYPER = tl.constexpr(8)  # float64 numbers of a group: lr beta1 beta2 eps weight_decay sign decoupled
+
+
+@triton.jit
+def _prepare_kernel(
+    table_ptr, hyper_ptr, scalars_ptr, grad_scale_ptr, found_inf_ptr,
+    NT,
+    HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Advances the step of each tensor and writes its float32 scalars, computed in float64."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < NT
+    go = 1.0
+    if HAS_FOUND:
+        go = tl.where(tl.load(found_inf_ptr) == 0.0, 1.0, 0.0)
+    step_ptrs = tl.load(table_ptr + NT * _STEP + offs, mask=mask, other=0)
+    step_ptrs = step_ptrs.to(tl.pointer_type(tl.float32))
+    step = tl.load(step_ptrs, mask=mask, other=0.0) + go
+    tl.store(step_ptrs, step, mask=mask)
+
+    group = hyper_ptr + tl.load(table_ptr + NT * _GROUP + offs, mask=mask, other=0) * _HYPER
+    lr = tl.load(group, mask=mask, other=0.0)
+    beta1 = tl.load(group + 1, mask=mask, other=0.5)
+    beta2 = tl.load(group + 2, mask=mask, other=0.5)
+    eps = tl.load(group + 3, mask=mask, other=0.0)
+    weight_decay = tl.load(group + 4, mask=mask, other=0.0)
+    sign = tl.load(group + 5, mask=mask, other=1.0)
+    decoupled = tl.load(group + 6, mask=mask, other=1.0)
+    t = tl.maximum(step, 1.0).to(tl.float64)  # a first step that is skipped leaves 0
+    bias_correction1 = 1.0 - tl.exp(t * tl.log(beta1))
+    bias_correction2 = 1.0 - tl.exp(t * tl.log(beta2))
+    factor = sign
+    if HAS_SCALE:
+        factor = sign / tl.load(grad_scale_ptr).to(tl.float64)
+
+    row = scalars_ptr + offs * _SCALARS
+    tl.store(row + _STEP_SIZE, (lr / bias_correction1).to(tl.float32), mask=mask)
+    tl.store(row + _INV_SQRT_BC2, (1.0 / tl.sqrt(bias_correction2)).to(tl.float32), mask=mask)
+    tl.store(row + _DECAY, (lr * weight_decay * decoupled).to(tl.float32), mask=mask)
+    tl.store(row + _L2, (weight_decay * (1.0 - decoupled)).to(tl.float32), mask=mask)
+    tl.store(row + _C1, (1.0 - beta1).to(tl.float32), mask=mask)
+    tl.store(row + _C2, (1.0 - beta2).to(tl.float32), mask=mask)
+    tl.store(row + _EPS, eps.to(tl.float32), mask=mask)
+    tl.store(row + _G_FACTOR, factor.to(tl.float32), mask=mask)
+    tl.store(row + _GO, go + tl.zeros([BLOCK], tl.float32), mask=mask)
+
+
+@triton.jit
+def _address(table_ptr, ROW: tl.constexpr, tensor, NT, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    ptr = tl.load(table_ptr + NT * ROW + tensor).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        ptr = tl.multiple_of(ptr, 16)  # of the pointer, not of the integer: Triton 3.7 drops that
+    return ptr
+
+
+@triton.jit
+def _load(ptr, offs, n, MASKED: tl.constexpr):
+    if MASKED:
+        x = tl.load(ptr + offs, mask=offs < n, other=0.0)
+    else:
+        x = tl.load(ptr + offs)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, offs, n, x, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(ptr + offs, x.to(ptr.dtype.element_ty), mask=offs < n)
+    else:
+        tl.store(ptr + offs, x.to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def _update(
+    p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, offs, n,
+    step_size, inv_sqrt_bc2, decay, l2, c1, c2, eps, g_factor,
+    DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    p = _load(p_ptr, offs, n, MASKED)
+    g = _load(g_ptr, offs, n, MASKED) * g_factor
+    m = _load(m_ptr, offs, n, MASKED)
+    v = _load(v_ptr, offs, n, MASKED)
+    if DECOUPLED:
+        p -= decay * p
+    else:
+        g += l2 * p
+    # x - c x + c g, not beta x + c g: the float32 beta and c would not sum to 1, 1.3e-5 in v
+    m = m - c1 * m + c1 * g
+    v = v - c2 * v + c2 * (g * g)
+    largest = v
+    if AMSGRAD:
+        vmax = _load(vmax_ptr, offs, n, MASKED)
+        largest = tl.where((vmax >= v) | (vmax != vmax), vmax, v)  # NaN stays, as torch.maximum
+        _store(vmax_ptr, offs, n, largest, MASKED)
+    p -= step_size * tl.div_rn(m, tl.sqrt_rn(largest) * inv_sqrt_bc2 + eps)
+    _store(p_ptr, offs, n, p, MASKED)
+    _store(m_ptr, offs, n, m, MASKED)
+    _store(v_ptr, offs, n, v, MASKED)
+
+
+@triton.jit
+def _update_kernel(
+    table_ptr, chunks_ptr, scalars_ptr,
+    NT,
+    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
+    DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program updates one chunk of one tensor."""
+    chunk = chunks_ptr + tl.program_id(0).to(tl.int64) * 2
+    tensor = tl.load(chunk).to(tl.int64)
+    start = tl.load(chunk + 1).to(tl.int64) * CHUNK
+    scalars = scalars_ptr + tensor * _SCALARS
+    if tl.load(scalars + _GO) != 0.0:
+        step_size = tl.load(scalars + _STEP_SIZE)
+        inv_sqrt_bc2 = tl.load(scalars + _INV_SQRT_BC2)
+        decay = tl.load(scalars + _DECAY)
+        l2 = tl.load(scalars + _L2)
+        c1 = tl.load(scalars + _C1)
+        c2 = tl.load(scalars + _C2)
+        eps = tl.load(scalars + _EPS)
+        g_factor = tl.load(scalars + _G_FACTOR)
+        p_ptr = _address(table_ptr, _P, tensor, NT, P, ALIGNED) + start
+        g_ptr = _address(table_ptr, _G, tensor, NT, G, ALIGNED) + start
+        m_ptr = _address(table_ptr, _M, tensor, NT, S, ALIGNED) + start
+        v_ptr = _address(table_ptr, _V, tensor, NT, S, ALIGNED) + start
+        vmax_ptr = v_ptr
+        if AMSGRAD:
+            vmax_ptr = _address(table_ptr, _VMAX, tensor, NT, S, ALIGNED) + start
+        n = tl.minimum(tl.load(table_ptr + NT * _NUMEL + tensor) - start, CHUNK).to(tl.int32)
+        # A mask that depends on loaded data would force scalar accesses: only the end has one.
+        whole = n // BLOCK * BLOCK
+        for first in range(0, whole, BLOCK):
+            _update(
+                p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, first + tl.arange(0, BLOCK), n,
+                step_size, inv_sqrt_bc2, decay, l2, c1, c2, eps, g_factor,
+                DECOUPLED, AMSGRAD, False,
+            )  # fmt: skip
+        if whole < n:
+            _update(
+                p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, whole + tl.arange(0, BLOCK), n,
+                step_size, inv_sqrt_bc2, decay, l2, c1, c2, eps, g_factor,
+                DECOUPLED, AMSGRAD, True,
+            )  # fmt: skip
+
+
+# --- launch -------------------------------------------------------------------------------------
+
+_CHUNK = 8192  # elements a program; unmeasured
+_WARPS = 4
+_TRITON = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+class _Row(NamedTuple):
+    """One parameter of a plan: its tensors, and the hyper-parameters' row."""
+
+    p: Tensor
+    g: Tensor
+    m: Tensor
+    v: Tensor
+    vmax: Tensor | None
+    step: Tensor
+    group: int
+    decoupled: bool
+
+
+class _Bucket(NamedTuple):
+    """The launch of the tensors that one compiled kernel can share."""
+
+    chunks: Tensor
+    constants: dict[str, Any]
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether the elements fill memory without gaps or overlaps, in any order of dimensions."""
+    return t.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense_or_false(t)
+
+
+def _uploaded(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values in device memory, without waiting for the device."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "AdamW: a CUDA graph needs the tensors of the step before it: take an uncaptured step "
+            "first, keep the gradients (zero_grad(set_to_none=False)), and give lr as a tensor"
+        )
+    pinned = torch.tensor(values, dtype=dtype, pin_memory=True)
+    return pinned.to(device, non_blocking=True)  # the host allocator waits before it reuses pinned
+
+
+class _Plan:
+    """The tables of one set of tensors in device memory, kept as long as the tensors stay put."""
+
+    def __init__(self, rows: Sequence[_Row]):
+        self.device = rows[0].p.device
+        self.size = len(rows)
+        self.copied_in: list[tuple[Tensor, Tensor]] = []
+        self.copied_out: list[tuple[Tensor, Tensor]] = []
+        self.grad_copies: list[tuple[Tensor | None, torch.dtype, tuple[int, ...]]] = []
+        self.host_steps: list[int] = []
+        self.host_hyper: list[list[float]] = []
+        self.grad_addresses: list[int] = []
+        columns: list[list[int]] = []
+        buckets: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+        for i, row in enumerate(rows):
+            p = self._laid_out(row.p, row.p, written=True)
+            m, v = (self._laid_out(t, p, written=True) for t in (row.m, row.v))
+            vmax = None if row.vmax is None else self._laid_out(row.vmax, p, written=True)
+            same = row.g.stride() == p.stride()
+            g = row.g if same else torch.empty_like(p, dtype=row.g.dtype)
+            self.grad_copies.append((None if same else g, row.g.dtype, row.g.stride()))
+            if row.step.device != self.device or row.step.dtype != torch.float32:
+                self.host_steps.append(i)
+            tensors = [p, g, m, v] + ([] if vmax is None else [vmax])
+            addresses = [t.data_ptr() for t in tensors]
+            last = 0 if vmax is None else vmax.data_ptr()
+            self.grad_addresses.append(addresses[1])
+            columns.append([*addresses[:4], last, row.step.data_ptr(), p.numel(), row.group])
+            aligned = all(a % 16 == 0 for a in addresses)
+            kind = (p.dtype, g.dtype, m.dtype, row.decoupled, vmax is not None, aligned)
+            buckets.setdefault(kind, []).append((i, p.numel()))
+
+        # Steps that the kernel cannot reach (on the host, as torch keeps them) have a copy it can.
+        self.mirror: Tensor | None = None
+        if self.host_steps:
+            values = [float(rows[i].step) for i in self.host_steps]
+            self.mirror = _uploaded(values, torch.float32, self.device)
+            for k, i in enumerate(self.host_steps):
+                columns[i][_STEP.value] = self.mirror.data_ptr() + 4 * k
+        table = list(zip(*columns, strict=True))
+        self.table = _uploaded(table, torch.int64, self.device)
+        self.scalars = torch.empty(
+            self.size, _SCALARS.value, dtype=torch.float32, device=self.device
+        )
+        self.buckets = [
+            self._bucket(kind, members)
+            for kind, members in buckets.items()
+            if any(n for _, n in members)
+        ]
+
+    def _laid_out(self, t: Tensor, like: Tensor, *, written: bool) -> Tensor:
+        """The tensor itself where its memory is dense in the order of ``like``, or a copy."""
+        if t.stride() == like.stride() and _is_dense(like):
+            return t
+        work = torch.empty_like(like, dtype=t.dtype)
+        self.copied_in.append((work, t))
+        if written:
+            self.copied_out.append((t, work))
+        return work
+
+    def _bucket(self, kind: tuple[Any, ...], members: list[tuple[int, int]]) -> _Bucket:
+        p, g, s, decoupled, amsgrad, aligned = kind
+        chunks = [(i, c) for i, n in members for c in range(triton.cdiv(n, _CHUNK))]
+        # Four elements a thread where dtypes differ: eight would pass through shared memory.
+        elements = 8 if p == g == s and p.itemsize == 2 else 4
+        constants = {
+            "P": _TRITON[p], "G": _TRITON[g], "S": _TRITON[s],
+            "DECOUPLED": decoupled, "AMSGRAD": amsgrad, "ALIGNED": aligned,
+            "CHUNK": _CHUNK, "BLOCK": elements * 32 * _WARPS, "num_warps": _WARPS,
+        }  # fmt: skip
+        return _Bucket(_uploaded(chunks, torch.int32, self.device), constants)
+
+    def take_gradients(self, grads: Sequence[Tensor]) -> bool:
+        """Points the table at these gradients; False where one differs in more than its address."""
+        addresses = []
+        for g, (copy, dtype, stride) in zip(grads, self.grad_copies, strict=True):
+            if g.dtype != dtype or g.stride() != stride:
+                return False
+            if copy is None:
+                addresses.append(g.data_ptr())
+            else:
+                copy.copy_(g)
+                addresses.append(copy.data_ptr())
+        if addresses != self.grad_addresses:
+            if any((a ^ b) & 15 for a, b in zip(addresses, self.grad_addresses, strict=True)):
+                return False
+            row = _uploaded(addresses, torch.int64, self.device)
+            self.table[_G.value].copy_(row, non_blocking=True)
+            self.grad_addresses = addresses
+        return True
+
+    def set_hyper(self, rows: list[list[float]], tensors: list[tuple[int, int, Tensor]]) -> None:
+        """Gives the groups' numbers; those that live on the device are copied there."""
+        if rows != self.host_hyper:
+            self.hyper = _uploaded(rows, torch.float64, self.device)
+            self.host_hyper = rows
+        for row, column, value in tensors:
+            self.hyper[row, column].copy_(value.squeeze(), non_blocking=True)
+
+    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Takes one step: a launch that prepares, and one for each combination of dtypes."""
+        for work, t in self.copied_in:
+            work.copy_(t)
+        block = min(128, triton.next_power_of_2(self.size))
+        _prepare_kernel[(triton.cdiv(self.size, block),)](
+            self.table, self.hyper, self.scalars, grad_scale, found_inf,
+            self.size,
+            HAS_SCALE=grad_scale is not None, HAS_FOUND=found_inf is not None,
+            BLOCK=block, num_warps=4,
+        )  # fmt: skip
+        for bucket in self.buckets:
+            _update_kernel[(len(bucket.chunks),)](
+                self.table, bucket.chunks, self.scalars, self.size, **bucket.constants
+            )
+        for t, work in self.copied_out:
+            t.copy_(work)
+
+
+def _fake(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    amsgrad: bool,
+    maximize: bool,
+    decoupled: bool,
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    return None
+
+
+@torch_op(
+    "adamw_step",
+    fake=_fake,
+    mutates=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
+)
+def _step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    amsgrad: bool,
+    maximize: bool,
+    decoupled: bool,
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    lists = (params, grads, exp_avgs, exp_avg_sqs)
+    largest = max_exp_avg_sqs if amsgrad else [None] * len(params)
+    rows = [
+        _Row(*tensors, 0, decoupled)  # type: ignore[arg-type]
+        for tensors in zip(*lists, largest, state_steps, strict=True)
+    ]
+    plan = _Plan(rows)
+    plan.take_gradients(grads)
+    hyper = [[lr, beta1, beta2, eps, weight_decay, -1.0 if maximize else 1.0, float(decoupled), 0.0]]
+    plan.set_hyper(hyper, [] if lr_tensor is None else [(0, 0, lr_tensor)])
+    plan.run(grad_scale, found_inf)
+    _advance([state_steps[i] for i in plan.host_steps], found_inf)
+
+
+def _advance(steps: list[Tensor], found_inf: Tensor | None) -> None:
+    """Counts the step on the host, where the kernel did not."""
+    if steps and (found_inf is None or not found_inf.item()):
+        torch._foreach_add_(steps, 1)
+
+
+# --- public -------------------------------------------------------------------------------------
+
+
+def _uncovered_tensors(*tensors: Tensor) -> str | None:
+    """Why the kernel does not update a parameter with these tensors, the parameter first."""
+    p = tensors[0]
+    for t in tensors:
+        if t.dtype not in _TRITON:
+            return f"a tensor is {t.dtype}"
+        if t.device != p.device:
+            return f"a tensor is on {t.device} and its parameter on {p.device}"
+        if t.shape != p.shape:
+            return f"a tensor has shape {tuple(t.shape)}, not its parameter's {tuple(p.shape)}"
+        if t.layout is not torch.strided:
+            return f"a tensor has layout {t.layout}"
+        if any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True)) and t is not tensors[1]:
+            return "elements of a tensor share memory"
+    return None
+
+
+def _uncovered(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    *,
+    amsgrad: bool = False,
+    **_: Any,
+) -> str | None:
+    lists = [params, grads, exp_avgs, exp_avg_sqs] + ([max_exp_avg_sqs] if amsgrad else [])
+    if any(len(tensors) != len(params) for tensors in (*lists, state_steps)):
+        return "the lists differ in length"
+    if any(p.device != params[0].device for p in params):
+        return "the parameters are on several devices"
+    reasons = (_uncovered_tensors(*tensors) for tensors in zip(*lists, strict=True))
+    return next((reason for reason in reasons if reason), None)
+
+
+@dispatched(eager=reference, uncovered=_uncovered)
+def adamw_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    decoupled_weight_decay: bool = True,
+) -> None:
+    """One step of AdamW in place on lists of tensors; the arguments of torch.optim.adamw.adamw.
+
+    Args:
+        params: float32, float16 or bfloat16 of any shape and strides, on one device.
+        grads: Of the shapes of ``params``; left as they are.
+        exp_avgs: Running means of the gradients, of the shapes of ``params``.
+        exp_avg_sqs: Running means of their squares.
+        max_exp_avg_sqs: The largest of those so far, for ``amsgrad``; else empty.
+        state_steps: One 0-dimensional float32 step count each, advanced by 1. On the parameters'
+            device the kernel advances them; elsewhere the host does.
+        lr: Learning rate; a tensor of one element on the device is read there.
+        beta1: Decay of ``exp_avgs``.
+        beta2: Decay of ``exp_avg_sqs``.
+        weight_decay: Decoupled, or added to the gradient (``decoupled_weight_decay=False``).
+        eps: Added to the root of the bias-corrected ``exp_avg_sqs``.
+        amsgrad: Divides by the largest ``exp_avg_sqs`` so far.
+        maximize: Ascends.
+        grad_scale: One float32 that the gradients are divided by.
+        found_inf: One float32; other than 0, nothing changes.
+        decoupled_weight_decay: False gives Adam.
+
+    Raises:
+        RuntimeError: What torch.optim.adamw.adamw raises, for tensors that do not fit.
+    """
+    on_device = isinstance(lr, Tensor)
+    _step(
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else [], state_steps,
+        0.0 if on_device else float(lr), beta1, beta2, eps, weight_decay,
+        amsgrad, maximize, decoupled_weight_decay,
+        lr if on_device else None, grad_scale, found_inf,
+    )  # fmt: skip
+
+
+class _Planned(NamedTuple):
+    """What a step launches, and all that this choice depends on but the gradients."""
+
+    key: list[Any]
+    plans: list[tuple[_Plan, list[int]]]  # one a device, with its places among all gradients
+    params: list[Tensor]  # all that the plans write
+    host_steps: list[Tensor]  # of each plan whose steps are on the host, all of them in one vector
+    versions: list[int]  # of host_steps: another one says that somebody wrote to them
+    eager: list[list[Tensor]]  # of each group, the parameters that are left to PyTorch
+
+
+class _Fused(torch.optim.Adam):
+    """The step that Adam and AdamW share."""
+
+    _planned: _Planned | None = None
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler asks. torch's flag is an attribute of the instance, which a deepcopy loses.
+        return all(group["fused"] for group in self.param_groups)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """Lets torch's constructor set what the groups already say."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates every parameter that has a gradient, in place.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or None.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            if torch.compiler.is_compiling():
+                self._traced_step()
+            else:
+                self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
+        key, grads = self._key()
+        if not self._still_holds(key, grads):
+            self._make_plan()
+            key, grads = self._key()  # the states exist now
+            self._planned = self._planned._replace(key=key)  # type: ignore[union-attr]
+            if not self._still_holds(key, grads):
+                raise AssertionError("a plan must hold for the tensors that it was made from")
+        planned = self._planned
+        assert planned is not None
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        if planned.plans:
+            numbers, on_device = self._hyper()
+            for plan, _ in planned.plans:
+                plan.set_hyper(numbers, on_device)
+                plan.run(_moved(grad_scale, plan.device), _moved(found_inf, plan.device))
+            torch.autograd.graph.increment_version(planned.params)
+            for i, steps in enumerate(planned.host_steps):
+                _advance([steps], found_inf)
+                planned.versions[i] = steps._version
+        for group, left in zip(self.param_groups, planned.eager, strict=True):
+            if left:
+                self._eager_step(group, left, grad_scale, found_inf)
+
+    def _key(self) -> tuple[list[Any], list[Tensor]]:
+        """All that a plan depends on, and the gradients."""
+        key: list[Any] = [_dispatch._backend, _dispatch._cpu_runner]
+        grads: list[Tensor] = []
+        state = self.state
+        for group in self.param_groups:
+            key.append(tuple(group[name] for name in _FLAGS))
+            amsgrad = group["amsgrad"]
+            for p in group["params"]:
+                g = p.grad
+                if g is None:
+                    key.append(None)
+                    continue
+                grads.append(g)
+                s = state.get(p)
+                if not s or type(p) not in _PLAIN:  # others may have no address
+                    key.append(id(p) if s else None)
+                    continue
+                key += (
+                    p.data_ptr(), p.numel(), s["exp_avg"].data_ptr(), s["exp_avg_sq"].data_ptr(),
+                    s["step"].data_ptr(), amsgrad and s["max_exp_avg_sq"].data_ptr(),
+                )  # fmt: skip
+        return key, grads
+
+    def _still_holds(self, key: list[Any], grads: list[Tensor]) -> bool:
+        """Whether the plan is right for these tensors; then its tables hold the gradients."""
+        planned = self._planned
+        return (
+            planned is not None
+            and planned.key == key
+            and all(
+                steps._version == version
+                for steps, version in zip(planned.host_steps, planned.versions, strict=True)
+            )
+            and all(
+                plan.take_gradients(
+                    grads if len(grads) == len(places) else [grads[i] for i in places]
+                )
+                for plan, places in planned.plans
+            )
+        )
+
+    def _lists(self, group: dict[str, Any], params: list[Tensor]) -> tuple[list[Any], bool]:
+        """Parameters with gradients, gradients and states; torch's method makes the states."""
+        lists: list[Any] = [[] for _ in range(6)]
+        has_complex = self._init_group({**group, "params": params}, *lists)
+        return lists, has_complex
+
+    def _make_plan(self) -> None:
+        rows: dict[torch.device, list[tuple[int, _Row]]] = {}
+        eager: list[list[Tensor]] = []
+        seen: set[Tensor] = set()
+        place = 0
+        for i, group in enumerate(self.param_groups):
+            twice = len(set(group["params"])) < len(group["params"])
+            (params, grads, m, v, vmax, steps), _ = self._lists(group, group["params"])
+            eager.append([])
+            for k, p in enumerate(params):
+                largest = vmax[k] if group["amsgrad"] else None
+                states = [m[k], v[k]] + ([largest] if group["amsgrad"] else [])
+                reason = self._uncovered(group, p, grads[k], states, twice or p in seen)
+                seen.add(p)
+                if reason is None:
+                    row = _Row(
+                        p, grads[k], m[k], v[k], largest, steps[k], i,
+                        group["decoupled_weight_decay"],
+                    )  # fmt: skip
+                    rows.setdefault(p.device, []).append((place, row))
+                elif _dispatch._backend == "triton":
+                    name = type(self).__name__
+                    raise RuntimeError(f'{name}: backend "triton" cannot run this step: {reason}')
+                else:
+                    eager[-1].append(p)
+                place += 1
+        plans, params_written, host_steps = [], [], []
+        for found in rows.values():
+            plan = _Plan([row for _, row in found])
+            plans.append((plan, [place for place, _ in found]))
+            params_written += [row.p for _, row in found]
+            if plan.host_steps:
+                together = torch.stack([found[j][1].step for j in plan.host_steps])
+                for j, step in zip(plan.host_steps, together.unbind(), strict=True):
+                    self.state[found[j][1].p]["step"] = step
+                host_steps.append(together)
+        versions = [steps._version for steps in host_steps]
+        self._planned = _Planned([], plans, params_written, host_steps, versions, eager)
+
+    def _uncovered(
+        self, group: dict[str, Any], p: Tensor, g: Tensor, states: list[Tensor], repeated: bool
+    ) -> str | None:
+        """Why PyTorch updates this parameter, or None."""
+        if _dispatch._backend == "torch":
+            return 'the backend is "torch"'
+        for name, value in (("fused", False), ("foreach", True), ("differentiable", True)):
+            if group[name] is value:
+                return f"{name}={value}"
+        if repeated:
+            return "a parameter stands in the groups twice"
+        return (
+            _dispatch.nowhere_to_run(p)
+            or _dispatch._foreign([p, g, *states])
+            or _uncovered_tensors(p, g, *states)
+        )
+
+    def _hyper(self) -> tuple[list[list[float]], list[tuple[int, int, Tensor]]]:
+        """The groups' numbers, and those among them that only the device knows."""
+        numbers, on_device = [], []
+        for i, group in enumerate(self.param_groups):
+            row = [group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
+            for j, x in enumerate(row):
+                if isinstance(x, Tensor):
+                    if x.is_cuda:
+                        on_device.append((i, j, x))
+                    row[j] = 0.0 if x.is_cuda else float(x)
+            row += [-1.0 if group["maximize"] else 1.0, float(group["decoupled_weight_decay"]), 0.0]
+            numbers.append(row)
+        return numbers, on_device
+
+    def _eager_step(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """PyTorch's step of these parameters of the group."""
+        lists, has_complex = self._lists(group, params)
+        fused, foreach = group["fused"], group["foreach"]
+        if fused is not False and not foreach and not group["differentiable"] and params:
+            if all(t.device.type == "cpu" for t in lists[0]) and not (
+                group["capturable"] and not fused
+            ):
+                fused = all(map(_suits_torch_fused, zip(*lists[:5] if lists[4] else lists[:4], strict=True), lists[5]))
+                if not fused and (grad_scale is not None or found_inf is not None):
+                    if found_inf is not None and found_inf.item():
+                        return
+                    if grad_scale is not None:
+                        lists[1] = [g / grad_scale for g in lists[1]]
+                    grad_scale = found_inf = None
+        betas = [float(b) if fused else b for b in group["betas"]]
+        torch_adam(
+            *lists,
+            amsgrad=group["amsgrad"],
+            has_complex=has_complex,
+            beta1=betas[0],
+            beta2=betas[1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+            foreach=foreach,
+            capturable=group["capturable"],
+            differentiable=group["differentiable"],
+            fused=fused,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+        )
+        if fused and params[0].device.type == "cpu":  # torch 2.13 leaves them as they were
+            torch.autograd.graph.increment_version(lists[0])
+
+    def _traced_step(self) -> None:
+        """The step as torch.compile sees it: one operator a group."""
+        for group in self.param_groups:
+            lists, _ = self._lists(group, group["params"])
+            if lists[0]:
+                adamw_step(
+                    *lists,
+                    lr=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    amsgrad=group["amsgrad"],
+                    maximize=group["maximize"],
+                    grad_scale=getattr(self, "grad_scale", None),
+                    found_inf=getattr(self, "found_inf", None),
+                    decoupled_weight_decay=group["decoupled_weight_decay"],
+                )
+
+
+_FLAGS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _moved(t: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if t is None else t.to(device, non_blocking=True)
+
+
+def _suits_torch_fused(tensors: tuple[Tensor, ...], step: Tensor) -> bool:
+    """Whether torch's fused CPU kernel is right: it takes any strides for the parameter's."""
+    p = tensors[0]
+    return (
+        p.is_floating_point()
+        and step.dtype == torch.float32
+        and all(t.shape == p.shape and t.stride() == p.stride() and t.dtype == p.dtype for t in tensors)
+        and _is_dense(p)
+    )
+
+
+class Adam(_Fused):
+    """``torch.optim.Adam`` whose step takes a constant number of launches.
+
+    The arguments, defaults, errors, hooks and ``state_dict`` are torch's, and a checkpoint of
+    either continues in the other. ``fused=None`` takes the Triton kernel where it can and torch's
+    own step elsewhere; ``fused=True`` also keeps the steps on the device and lets GradScaler hand
+    over its scale, in which case the gradients stay scaled (torch's fused step unscales them in
+    place); ``fused=False`` and ``foreach=True`` are torch's. float64, complex and sparse tensors
+    and ``differentiable=True`` are left to torch.
+
+    Args:
+        params: As torch.optim.Adam, with all that follows.
+
+    Raises:
+        ValueError: What torch.optim.Adam raises, in its words.
+    """
+
+
+class AdamW(_Fused, torch.optim.AdamW):
+    """``torch.optim.AdamW`` whose step takes a constant number of launches; see ``Adam``."""
+
+
+# --- declaration --------------------------------------------------------------------------------
+
+
+def _example(
+    dtype: torch.dtype,
+    device: torch.device,
+    shapes: Sequence[tuple[int, ...]],
+    **options: Any,
+) -> Inputs:
+    def noise(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    return {
+        "params": [noise(s) for s in shapes],
+        "grads": [noise(s) for s in shapes],
+        "exp_avgs": [noise(s) for s in shapes],
+        "exp_avg_sqs": [noise(s).abs() + 0.25 for s in shapes],
+        "max_exp_avg_sqs": [noise(s).abs() + 0.5 for s in shapes] if options.get("amsgrad") else [],
+        "state_steps": [torch.tensor(3.0 + i, device=device) for i in range(len(shapes))],
+        "lr": 1e-2,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "weight_decay": 0.1,
+        "eps": 1e-8,
+    } | options
+
+
+_GPT2 = (
+    ((50257, 768), (1024, 768))
+    + 12
+    * (
+        (768,), (768,), (2304, 768), (2304,), (768, 768), (768,),
+        (768,), (768,), (3072, 768), (3072,), (768, 3072), (768,),
+    )
+    + ((768,), (768,))
+)  # fmt: skip
+
+OP = Op(
+    fused=adamw_step,
+    reference=reference,
+    example=_example,
+    sizes=(
+        {"shapes": ((1,),)},
+        {"shapes": ((33, 17), (5,), (0,), (), (3, 400), (7, 3, 2))},
+        {"shapes": ((130, 65), (3,)), "amsgrad": True},
+        {"shapes": ((40, 20),), "decoupled_weight_decay": False, "maximize": True},
+    ),
+    bench_sizes=({"shapes": _GPT2},),
+    work=lambda params, grads, **_: (
+        sum(6 * p.nbytes + g.nbytes for p, g in zip(params, grads, strict=True)),
+        15 * sum(p.numel() for p in params),
+    ),
+)
