@@ -1,5 +1,7 @@
-r"""Adam and AdamW (Kingma & Ba 2015, https://arxiv.org/abs/1412.6980; Loshchilov & Hutter 2019,
-https://arxiv.org/abs/1711.05101), every tensor of a model in two launches.
+r"""Adam and AdamW, every tensor of a model in two launches.
+
+Kingma & Ba 2015, https://arxiv.org/abs/1412.6980; Loshchilov & Hutter 2019,
+https://arxiv.org/abs/1711.05101.
 
 One step t for a gradient g (negated under ``maximize``), with s the gradient scale:
 
@@ -72,11 +74,13 @@ def reference(
 
 # Rows of the table of tensors, and columns of the scalars that the update reads.
 _P, _G, _M, _V, _VMAX, _STEP, _NUMEL, _GROUP, _ROWS = (tl.constexpr(i) for i in range(9))
-_STEP_SIZE, _INV_SQRT_BC2, _DECAY, _L2, _C1, _C2, _EPS, _G_FACTOR, _GO = (
-    tl.constexpr(i) for i in range(9)
+_STEP_SIZE, _INV_SQRT_BC2, _DECAY, _C1, _C2, _EPS, _G_FACTOR, _GO = (
+    tl.constexpr(i) for i in range(8)
 )
 _SCALARS = tl.constexpr(16)  # columns: a row is one 64-byte sector pair
-_HYPER = tl.constexpr(8)  # float64 numbers of a group: lr beta1 beta2 eps weight_decay sign decoupled
+_HYPER = tl.constexpr(
+    8
+)  # float64 numbers of a group: lr beta1 beta2 eps weight_decay sign decoupled
 
 
 @triton.jit
@@ -114,8 +118,8 @@ def _prepare_kernel(
     row = scalars_ptr + offs * _SCALARS
     tl.store(row + _STEP_SIZE, (lr / bias_correction1).to(tl.float32), mask=mask)
     tl.store(row + _INV_SQRT_BC2, (1.0 / tl.sqrt(bias_correction2)).to(tl.float32), mask=mask)
-    tl.store(row + _DECAY, (lr * weight_decay * decoupled).to(tl.float32), mask=mask)
-    tl.store(row + _L2, (weight_decay * (1.0 - decoupled)).to(tl.float32), mask=mask)
+    decay = tl.where(decoupled != 0.0, lr * weight_decay, weight_decay)
+    tl.store(row + _DECAY, decay.to(tl.float32), mask=mask)
     tl.store(row + _C1, (1.0 - beta1).to(tl.float32), mask=mask)
     tl.store(row + _C2, (1.0 - beta2).to(tl.float32), mask=mask)
     tl.store(row + _EPS, eps.to(tl.float32), mask=mask)
@@ -151,7 +155,7 @@ def _store(ptr, offs, n, x, MASKED: tl.constexpr):
 @triton.jit
 def _update(
     p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, offs, n,
-    step_size, inv_sqrt_bc2, decay, l2, c1, c2, eps, g_factor,
+    step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor,
     DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     p = _load(p_ptr, offs, n, MASKED)
@@ -161,7 +165,7 @@ def _update(
     if DECOUPLED:
         p -= decay * p
     else:
-        g += l2 * p
+        g += decay * p
     # x - c x + c g, not beta x + c g: the float32 beta and c would not sum to 1, 1.3e-5 in v
     m = m - c1 * m + c1 * g
     v = v - c2 * v + c2 * (g * g)
@@ -193,7 +197,6 @@ def _update_kernel(
         step_size = tl.load(scalars + _STEP_SIZE)
         inv_sqrt_bc2 = tl.load(scalars + _INV_SQRT_BC2)
         decay = tl.load(scalars + _DECAY)
-        l2 = tl.load(scalars + _L2)
         c1 = tl.load(scalars + _C1)
         c2 = tl.load(scalars + _C2)
         eps = tl.load(scalars + _EPS)
@@ -211,13 +214,13 @@ def _update_kernel(
         for first in range(0, whole, BLOCK):
             _update(
                 p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, first + tl.arange(0, BLOCK), n,
-                step_size, inv_sqrt_bc2, decay, l2, c1, c2, eps, g_factor,
+                step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor,
                 DECOUPLED, AMSGRAD, False,
             )  # fmt: skip
         if whole < n:
             _update(
                 p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, whole + tl.arange(0, BLOCK), n,
-                step_size, inv_sqrt_bc2, decay, l2, c1, c2, eps, g_factor,
+                step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor,
                 DECOUPLED, AMSGRAD, True,
             )  # fmt: skip
 
@@ -436,14 +439,16 @@ def _step(
     found_inf: Tensor | None,
 ) -> None:
     lists = (params, grads, exp_avgs, exp_avg_sqs)
-    largest = max_exp_avg_sqs if amsgrad else [None] * len(params)
+    largest: Sequence[Tensor | None] = max_exp_avg_sqs if amsgrad else [None] * len(params)
     rows = [
-        _Row(*tensors, 0, decoupled)  # type: ignore[arg-type]
-        for tensors in zip(*lists, largest, state_steps, strict=True)
+        _Row(p, g, m, v, vmax, step, 0, decoupled)
+        for p, g, m, v, vmax, step in zip(*lists, largest, state_steps, strict=True)
     ]
     plan = _Plan(rows)
     plan.take_gradients(grads)
-    hyper = [[lr, beta1, beta2, eps, weight_decay, -1.0 if maximize else 1.0, float(decoupled), 0.0]]
+    hyper = [
+        [lr, beta1, beta2, eps, weight_decay, -1.0 if maximize else 1.0, float(decoupled), 0.0]
+    ]
     plan.set_hyper(hyper, [] if lr_tensor is None else [(0, 0, lr_tensor)])
     plan.run(grad_scale, found_inf)
     _advance([state_steps[i] for i in plan.host_steps], found_inf)
@@ -470,7 +475,10 @@ def _uncovered_tensors(*tensors: Tensor) -> str | None:
             return f"a tensor has shape {tuple(t.shape)}, not its parameter's {tuple(p.shape)}"
         if t.layout is not torch.strided:
             return f"a tensor has layout {t.layout}"
-        if any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True)) and t is not tensors[1]:
+        if (
+            any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))
+            and t is not tensors[1]
+        ):
             return "elements of a tensor share memory"
     return None
 
@@ -495,7 +503,55 @@ def _uncovered(
     return next((reason for reason in reasons if reason), None)
 
 
-@dispatched(eager=reference, uncovered=_uncovered)
+def _suits_torch_fused(tensors: tuple[Tensor, ...], step: Tensor) -> bool:
+    """Whether torch's fused CPU kernel is right: it takes any strides for the parameter's."""
+    p = tensors[0]
+    return (
+        p.is_floating_point()
+        and step.dtype == torch.float32
+        and p.device.type == "cpu"
+        and all(t.shape == p.shape and t.stride() == p.stride() for t in tensors)
+        and all(t.dtype == p.dtype and t.device == p.device for t in tensors)
+        and _is_dense(p)
+    )
+
+
+def _all_suit_torch_fused(lists: list[list[Tensor]]) -> bool:
+    elements = [tensors for tensors in lists[:5] if tensors]
+    if len(set(map(id, lists[0]))) < len(lists[0]):  # it would count both steps before the first
+        return False
+    return all(map(_suits_torch_fused, zip(*elements, strict=True), lists[5]))
+
+
+def _eager(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    **options: Any,
+) -> None:
+    """PyTorch's fused kernel where it is right and leaves the gradients alone, else its loop."""
+    lists = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps]
+    one_dtype = all(p.dtype == params[0].dtype for p in params)
+    if grad_scale is not None or found_inf is not None or not one_dtype:
+        reference(*lists, grad_scale=grad_scale, found_inf=found_inf, **options)
+    elif not _all_suit_torch_fused(lists):
+        reference(*lists, **options)
+    elif params:
+        options = {"amsgrad": False, "maximize": False} | options
+        decoupled = options.pop("decoupled_weight_decay", True)
+        with torch.no_grad():
+            torch._foreach_add_(state_steps, 1)
+            fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+            fused(*lists, **options)
+
+
+@dispatched(eager=_eager, uncovered=_uncovered)
 def adamw_step(
     params: list[Tensor],
     grads: list[Tensor],
@@ -747,20 +803,25 @@ class _Fused(torch.optim.Adam):
         """PyTorch's step of these parameters of the group."""
         lists, has_complex = self._lists(group, params)
         fused, foreach = group["fused"], group["foreach"]
-        if fused is not False and not foreach and not group["differentiable"] and params:
-            if all(t.device.type == "cpu" for t in lists[0]) and not (
-                group["capturable"] and not fused
-            ):
-                fused = all(map(_suits_torch_fused, zip(*lists[:5] if lists[4] else lists[:4], strict=True), lists[5]))
-                if not fused and (grad_scale is not None or found_inf is not None):
-                    if found_inf is not None and found_inf.item():
-                        return
-                    if grad_scale is not None:
-                        lists[1] = [g / grad_scale for g in lists[1]]
-                    grad_scale = found_inf = None
+        torch_chooses = fused is False or foreach or group["differentiable"]
+        if not torch_chooses and lists[0] and (fused or not group["capturable"]):
+            if all(p.device.type == "cpu" for p in lists[0]):
+                fused = _all_suit_torch_fused(lists)
+            if not fused and found_inf is not None and found_inf.item():
+                return
+            if not fused and grad_scale is not None:
+                lists[1] = [g / grad_scale for g in lists[1]]
+            if not fused:
+                grad_scale = found_inf = None
         betas = [float(b) if fused else b for b in group["betas"]]
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = lists
         torch_adam(
-            *lists,
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            state_steps,
             amsgrad=group["amsgrad"],
             has_complex=has_complex,
             beta1=betas[0],
@@ -806,17 +867,6 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def _moved(t: Tensor | None, device: torch.device) -> Tensor | None:
     return None if t is None else t.to(device, non_blocking=True)
-
-
-def _suits_torch_fused(tensors: tuple[Tensor, ...], step: Tensor) -> bool:
-    """Whether torch's fused CPU kernel is right: it takes any strides for the parameter's."""
-    p = tensors[0]
-    return (
-        p.is_floating_point()
-        and step.dtype == torch.float32
-        and all(t.shape == p.shape and t.stride() == p.stride() and t.dtype == p.dtype for t in tensors)
-        and _is_dense(p)
-    )
 
 
 class Adam(_Fused):

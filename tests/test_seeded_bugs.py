@@ -14,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import test_adamw
 import test_layer_norm
 import test_ops
+import torch
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction
 
-from fastlm.kernels import OPS, _interpreter
+from fastlm.kernels import OPS, AdamW, _interpreter
 
 _serial = itertools.count()
 
@@ -113,7 +115,32 @@ LAYER_NORM = [
     ("_sum_parts_kernel", "(rows < P)[:, None] & ", "", MEMORY),
 ]
 
+
+def OVERFLOW():
+    test_adamw.test_grad_scaler(overflow=True)
+
+
+def GROUPS():
+    test_adamw.test_groups_of_different_settings_share_the_launches(AdamW, torch.optim.AdamW)
+
+
+ADAMW = [
+    ("_prepare_kernel", "tl.load(found_inf_ptr) == 0.0", "tl.load(found_inf_ptr) != 7.0", OVERFLOW),
+    ("_prepare_kernel", "1.0 / tl.sqrt(bias_correction2)", "1.0 / bias_correction2", FLOAT64),
+    ("_prepare_kernel", "decoupled != 0.0", "decoupled == 7.0", FLOAT64),
+    ("_prepare_kernel", "sign / tl.load", "sign * tl.load", OVERFLOW),
+    ("_prepare_kernel", "NT * _GROUP + offs", "NT * _GROUP + offs * 0", GROUPS),
+    ("_prepare_kernel", "mask = offs < NT", "mask = offs < BLOCK", MEMORY),
+    ("_load", "mask=offs < n", "mask=offs < n + 1", MEMORY),
+    ("_store", "mask=offs < n", "mask=offs <= n", MEMORY),
+    ("_update", "m - c1 * m + c1 * g", "m + c1 * g", FLOAT64),
+    ("_update", "tl.where((vmax >= v) | (vmax != vmax), vmax, v)", "v", FLOAT64),
+    ("_update_kernel", "whole = n // BLOCK * BLOCK", "whole = n // BLOCK", FLOAT64),
+    ("_update_kernel", "tl.load(scalars + _GO) != 0.0", "tl.load(scalars + _GO) >= 0.0", OVERFLOW),
+]
+
 BUGS = [Bug("layer_norm", f"layer_norm:{kernel}", *rest) for kernel, *rest in LAYER_NORM]
+BUGS += [Bug("adamw_step", f"adamw:{kernel}", *rest) for kernel, *rest in ADAMW]
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=str)
