@@ -414,11 +414,10 @@ def _fake(
     return None
 
 
-@torch_op(
-    "adamw_step",
-    fake=_fake,
-    mutates=("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
-)
+_WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps")
+
+
+@torch_op("adamw_step", fake=_fake, mutates=_WRITTEN)
 def _step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -523,6 +522,54 @@ def _all_suit_torch_fused(lists: list[list[Tensor]]) -> bool:
     return all(map(_suits_torch_fused, zip(*elements, strict=True), lists[5]))
 
 
+@torch_op("adamw_step_eager", fake=_fake, mutates=_WRITTEN)
+def _eager_op(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    amsgrad: bool,
+    maximize: bool,
+    decoupled: bool,
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """PyTorch's fused kernel where it is right and leaves the gradients alone, else its loop."""
+    given = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+    lists = [list(tensors) for tensors in given]
+    one_dtype = all(p.dtype == params[0].dtype for p in params)
+    unscaled = grad_scale is None and found_inf is None
+    step: Callable[..., Any] = reference
+    options: dict[str, Any] = {}
+    if unscaled and one_dtype and _all_suit_torch_fused(lists):
+        torch._foreach_add_(lists[5], 1)
+        step = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    else:
+        options = {
+            "decoupled_weight_decay": decoupled, "grad_scale": grad_scale, "found_inf": found_inf
+        }  # fmt: skip
+    with torch.no_grad():
+        step(
+            *lists,
+            lr=lr if lr_tensor is None else lr_tensor,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            **options,
+        )
+
+
 def _eager(
     params: list[Tensor],
     grads: list[Tensor],
@@ -530,25 +577,40 @@ def _eager(
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
     state_steps: list[Tensor],
-    *,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
     **options: Any,
 ) -> None:
-    """PyTorch's fused kernel where it is right and leaves the gradients alone, else its loop."""
-    lists = [params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps]
-    one_dtype = all(p.dtype == params[0].dtype for p in params)
-    if grad_scale is not None or found_inf is not None or not one_dtype:
-        reference(*lists, grad_scale=grad_scale, found_inf=found_inf, **options)
-    elif not _all_suit_torch_fused(lists):
-        reference(*lists, **options)
-    elif params:
-        options = {"amsgrad": False, "maximize": False} | options
-        decoupled = options.pop("decoupled_weight_decay", True)
-        with torch.no_grad():
-            torch._foreach_add_(state_steps, 1)
-            fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
-            fused(*lists, **options)
+    if params:
+        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
+        _eager_op(*_arguments(*lists, **options))
+
+
+def _arguments(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    decoupled_weight_decay: bool = True,
+) -> tuple[Any, ...]:
+    """The public function's arguments as the operators take them."""
+    on_device = isinstance(lr, Tensor)
+    return (
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else [], state_steps,
+        0.0 if on_device else float(lr), beta1, beta2, eps, weight_decay,
+        amsgrad, maximize, decoupled_weight_decay,
+        lr if on_device else None, grad_scale, found_inf,
+    )  # fmt: skip
 
 
 @dispatched(eager=_eager, uncovered=_uncovered)
@@ -595,12 +657,13 @@ def adamw_step(
     Raises:
         RuntimeError: What torch.optim.adamw.adamw raises, for tensors that do not fit.
     """
-    on_device = isinstance(lr, Tensor)
     _step(
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else [], state_steps,
-        0.0 if on_device else float(lr), beta1, beta2, eps, weight_decay,
-        amsgrad, maximize, decoupled_weight_decay,
-        lr if on_device else None, grad_scale, found_inf,
+        *_arguments(
+            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps,
+            lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=amsgrad,
+            maximize=maximize, grad_scale=grad_scale, found_inf=found_inf,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
     )  # fmt: skip
 
 
