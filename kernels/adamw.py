@@ -22,7 +22,8 @@ Cost: reads p, g, exp_avg, exp_avg_sq and writes all but g: 28 bytes a parameter
 bound by memory.
 """
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -282,7 +283,9 @@ class _Plan:
         self.size = len(rows)
         self.copied_in: list[tuple[Tensor, Tensor]] = []
         self.copied_out: list[tuple[Tensor, Tensor]] = []
-        self.grad_copies: list[tuple[Tensor | None, torch.dtype, tuple[int, ...]]] = []
+        self.grad_copies: list[tuple[int, Tensor]] = []  # of those laid out unlike the parameter
+        self.grad_dtypes = [row.g.dtype for row in rows]
+        self.grad_strides = [row.g.stride() for row in rows]
         self.host_steps: list[int] = []
         self.host_hyper: list[list[float]] = []
         self.grad_addresses: list[int] = []
@@ -294,7 +297,8 @@ class _Plan:
             vmax = None if row.vmax is None else self._laid_out(row.vmax, p, written=True)
             same = row.g.stride() == p.stride()
             g = row.g if same else torch.empty_like(p, dtype=row.g.dtype)
-            self.grad_copies.append((None if same else g, row.g.dtype, row.g.stride()))
+            if not same:
+                self.grad_copies.append((i, g))
             if row.step.device != self.device or row.step.dtype != torch.float32:
                 self.host_steps.append(i)
             tensors = [p, g, m, v] + ([] if vmax is None else [vmax])
@@ -348,15 +352,17 @@ class _Plan:
 
     def take_gradients(self, grads: Sequence[Tensor]) -> bool:
         """Points the table at these gradients; False where one differs in more than its address."""
-        addresses = []
-        for g, (copy, dtype, stride) in zip(grads, self.grad_copies, strict=True):
-            if g.dtype != dtype or g.stride() != stride:
+        try:
+            if list(map(Tensor.stride, grads)) != self.grad_strides:
                 return False
-            if copy is None:
-                addresses.append(g.data_ptr())
-            else:
-                copy.copy_(g)
-                addresses.append(copy.data_ptr())
+        except RuntimeError:  # a sparse one has no strides
+            return False
+        if [g.dtype for g in grads] != self.grad_dtypes:
+            return False
+        addresses = list(map(Tensor.data_ptr, grads))
+        for i, copy in self.grad_copies:
+            copy.copy_(grads[i])
+            addresses[i] = copy.data_ptr()
         if addresses != self.grad_addresses:
             if any((a ^ b) & 15 for a, b in zip(addresses, self.grad_addresses, strict=True)):
                 return False
@@ -502,24 +508,31 @@ def _uncovered(
     return next((reason for reason in reasons if reason), None)
 
 
-def _suits_torch_fused(tensors: tuple[Tensor, ...], step: Tensor) -> bool:
+def _all_suit_torch_fused(lists: list[list[Tensor]]) -> bool:
     """Whether torch's fused CPU kernel is right: it takes any strides for the parameter's."""
-    p = tensors[0]
+    params, steps = lists[0], lists[5]
+    elements = [tensors for tensors in lists[1:5] if tensors]
     return (
-        p.is_floating_point()
-        and step.dtype == torch.float32
-        and p.device.type == "cpu"
-        and all(t.shape == p.shape and t.stride() == p.stride() for t in tensors)
-        and all(t.dtype == p.dtype and t.device == p.device for t in tensors)
-        and _is_dense(p)
+        len(set(map(id, params))) == len(params)  # it would count both steps before the first
+        and all(p.device.type == "cpu" and p.is_floating_point() for p in params)
+        and all(step.dtype == torch.float32 for step in steps)
+        and all(_alike(params, tensors) for tensors in elements)
+        and all(map(_is_dense, params))
     )
 
 
-def _all_suit_torch_fused(lists: list[list[Tensor]]) -> bool:
-    elements = [tensors for tensors in lists[:5] if tensors]
-    if len(set(map(id, lists[0]))) < len(lists[0]):  # it would count both steps before the first
+def _alike(some: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether both lists have the same shapes, strides, dtypes and devices."""
+    try:
+        return all(
+            list(map(fact, some)) == list(map(fact, others))
+            for fact in (Tensor.size, Tensor.stride, _DTYPE, _DEVICE)
+        )
+    except RuntimeError:  # sparse tensors have no strides
         return False
-    return all(map(_suits_torch_fused, zip(*elements, strict=True), lists[5]))
+
+
+_DTYPE, _DEVICE = operator.attrgetter("dtype"), operator.attrgetter("device")
 
 
 @torch_op("adamw_step_eager", fake=_fake, mutates=_WRITTEN)
@@ -668,14 +681,33 @@ def adamw_step(
 
 
 class _Planned(NamedTuple):
-    """What a step launches, and all that this choice depends on but the gradients."""
+    """What a step launches, and all that this choice depends on but the gradients' addresses."""
 
-    key: list[Any]
-    plans: list[tuple[_Plan, list[int]]]  # one a device, with its places among all gradients
-    params: list[Tensor]  # all that the plans write
+    settings: list[Any]
+    params: list[Tensor]  # of all groups
+    has_grad: list[bool]
+    states: list[dict[str, Any]]  # of all parameters that have one
+    plans: list[tuple[_Plan, list[int]]]  # one a device, with its places among all parameters
+    written: list[Tensor]  # the parameters that the plans write
+    written_states: list[dict[str, Any]]
+    addresses: list[int]
     host_steps: list[Tensor]  # of each plan whose steps are on the host, all of them in one vector
     versions: list[int]  # of host_steps: another one says that somebody wrote to them
     eager: list[list[Tensor]]  # of each group, the parameters that are left to PyTorch
+
+
+def _addresses(params: list[Tensor], states: list[dict[str, Any]]) -> list[int]:
+    """Where the parameters and their states lie, and how many elements the parameters have."""
+    found = list(map(Tensor.data_ptr, params))
+    found += map(Tensor.numel, params)
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        found += map(Tensor.data_ptr, [s[name] for s in states])
+    found += [s["max_exp_avg_sq"].data_ptr() for s in states if "max_exp_avg_sq" in s]
+    return found
+
+
+def _same(some: Iterable[Any], others: Iterable[Any]) -> bool:
+    return all(map(operator.is_, some, others))
 
 
 class _Fused(torch.optim.Adam):
@@ -714,15 +746,11 @@ class _Fused(torch.optim.Adam):
         return loss
 
     def _take_step(self) -> None:
-        key, grads = self._key()
-        if not self._still_holds(key, grads):
-            self._make_plan()
-            key, grads = self._key()  # the states exist now
-            self._planned = self._planned._replace(key=key)  # type: ignore[union-attr]
-            if not self._still_holds(key, grads):
-                raise AssertionError("a plan must hold for the tensors that it was made from")
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
         planned = self._planned
-        assert planned is not None
+        if planned is None or not self._still_holds(planned, params, grads):
+            planned = self._planned = self._make_plan(params, grads)
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         if planned.plans:
@@ -730,7 +758,7 @@ class _Fused(torch.optim.Adam):
             for plan, _ in planned.plans:
                 plan.set_hyper(numbers, on_device)
                 plan.run(_moved(grad_scale, plan.device), _moved(found_inf, plan.device))
-            torch.autograd.graph.increment_version(planned.params)
+            torch.autograd.graph.increment_version(planned.written)
             for i, steps in enumerate(planned.host_steps):
                 _advance([steps], found_inf)
                 planned.versions[i] = steps._version
@@ -738,44 +766,27 @@ class _Fused(torch.optim.Adam):
             if left:
                 self._eager_step(group, left, grad_scale, found_inf)
 
-    def _key(self) -> tuple[list[Any], list[Tensor]]:
-        """All that a plan depends on, and the gradients."""
-        key: list[Any] = [_dispatch._backend, _dispatch._cpu_runner]
-        grads: list[Tensor] = []
-        state = self.state
-        for group in self.param_groups:
-            key.append(tuple(group[name] for name in _FLAGS))
-            amsgrad = group["amsgrad"]
-            for p in group["params"]:
-                g = p.grad
-                if g is None:
-                    key.append(None)
-                    continue
-                grads.append(g)
-                s = state.get(p)
-                if not s or type(p) not in _PLAIN:  # others may have no address
-                    key.append(id(p) if s else None)
-                    continue
-                key += (
-                    p.data_ptr(), p.numel(), s["exp_avg"].data_ptr(), s["exp_avg_sq"].data_ptr(),
-                    s["step"].data_ptr(), amsgrad and s["max_exp_avg_sq"].data_ptr(),
-                )  # fmt: skip
-        return key, grads
+    def _settings(self) -> list[Any]:
+        flags = [tuple([group[name] for name in _FLAGS]) for group in self.param_groups]
+        return [_dispatch._backend, _dispatch._cpu_runner, *flags]
 
-    def _still_holds(self, key: list[Any], grads: list[Tensor]) -> bool:
+    def _still_holds(
+        self, planned: _Planned, params: list[Tensor], grads: list[Tensor | None]
+    ) -> bool:
         """Whether the plan is right for these tensors; then its tables hold the gradients."""
-        planned = self._planned
         return (
-            planned is not None
-            and planned.key == key
-            and all(
-                steps._version == version
-                for steps, version in zip(planned.host_steps, planned.versions, strict=True)
-            )
+            len(params) == len(planned.params)
+            and len(self.state) == len(planned.states)
+            and _same(params, planned.params)
+            and _same(self.state.values(), planned.states)
+            and [g is not None for g in grads] == planned.has_grad
+            and self._settings() == planned.settings
+            and _addresses(planned.written, planned.written_states) == planned.addresses
+            and [steps._version for steps in planned.host_steps] == planned.versions
             and all(
                 plan.take_gradients(
-                    grads if len(grads) == len(places) else [grads[i] for i in places]
-                )
+                    grads if len(grads) == plan.size else [grads[i] for i in places]
+                )  # type: ignore[arg-type]
                 for plan, places in planned.plans
             )
         )
@@ -786,44 +797,54 @@ class _Fused(torch.optim.Adam):
         has_complex = self._init_group({**group, "params": params}, *lists)
         return lists, has_complex
 
-    def _make_plan(self) -> None:
+    def _make_plan(self, params: list[Tensor], grads: list[Tensor | None]) -> _Planned:
         rows: dict[torch.device, list[tuple[int, _Row]]] = {}
         eager: list[list[Tensor]] = []
-        seen: set[Tensor] = set()
-        place = 0
+        places = {p: i for i, p in enumerate(params)}
+        repeated = len(places) < len(params)
         for i, group in enumerate(self.param_groups):
-            twice = len(set(group["params"])) < len(group["params"])
-            (params, grads, m, v, vmax, steps), _ = self._lists(group, group["params"])
+            (found, found_grads, m, v, vmax, steps), _ = self._lists(group, group["params"])
             eager.append([])
-            for k, p in enumerate(params):
+            for k, p in enumerate(found):
                 largest = vmax[k] if group["amsgrad"] else None
                 states = [m[k], v[k]] + ([largest] if group["amsgrad"] else [])
-                reason = self._uncovered(group, p, grads[k], states, twice or p in seen)
-                seen.add(p)
+                reason = self._uncovered(group, p, found_grads[k], states, repeated)
                 if reason is None:
                     row = _Row(
-                        p, grads[k], m[k], v[k], largest, steps[k], i,
+                        p, found_grads[k], m[k], v[k], largest, steps[k], i,
                         group["decoupled_weight_decay"],
                     )  # fmt: skip
-                    rows.setdefault(p.device, []).append((place, row))
+                    rows.setdefault(p.device, []).append((places[p], row))
                 elif _dispatch._backend == "triton":
                     name = type(self).__name__
                     raise RuntimeError(f'{name}: backend "triton" cannot run this step: {reason}')
                 else:
                     eager[-1].append(p)
-                place += 1
-        plans, params_written, host_steps = [], [], []
-        for found in rows.values():
-            plan = _Plan([row for _, row in found])
-            plans.append((plan, [place for place, _ in found]))
-            params_written += [row.p for _, row in found]
+        plans, host_steps = [], []
+        for members in rows.values():
+            plan = _Plan([row for _, row in members])
+            plan.take_gradients([row.g for _, row in members])
+            plans.append((plan, [place for place, _ in members]))
             if plan.host_steps:
-                together = torch.stack([found[j][1].step for j in plan.host_steps])
+                together = torch.stack([members[j][1].step for j in plan.host_steps])
                 for j, step in zip(plan.host_steps, together.unbind(), strict=True):
-                    self.state[found[j][1].p]["step"] = step
+                    self.state[members[j][1].p]["step"] = step
                 host_steps.append(together)
-        versions = [steps._version for steps in host_steps]
-        self._planned = _Planned([], plans, params_written, host_steps, versions, eager)
+        written = [row.p for members in rows.values() for _, row in members]
+        written_states = [self.state[p] for p in written]
+        return _Planned(
+            settings=self._settings(),
+            params=params,
+            has_grad=[g is not None for g in grads],
+            states=list(self.state.values()),
+            plans=plans,
+            written=written,
+            written_states=written_states,
+            addresses=_addresses(written, written_states),
+            host_steps=host_steps,
+            versions=[steps._version for steps in host_steps],
+            eager=eager,
+        )
 
     def _uncovered(
         self, group: dict[str, Any], p: Tensor, g: Tensor, states: list[Tensor], repeated: bool
@@ -868,7 +889,7 @@ class _Fused(torch.optim.Adam):
         fused, foreach = group["fused"], group["foreach"]
         torch_chooses = fused is False or foreach or group["differentiable"]
         if not torch_chooses and lists[0] and (fused or not group["capturable"]):
-            if all(p.device.type == "cpu" for p in lists[0]):
+            if lists[0][0].device.type == "cpu":
                 fused = _all_suit_torch_fused(lists)
             if not fused and found_inf is not None and found_inf.item():
                 return
@@ -925,7 +946,6 @@ class _Fused(torch.optim.Adam):
 
 
 _FLAGS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _moved(t: Tensor | None, device: torch.device) -> Tensor | None:
