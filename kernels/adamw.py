@@ -24,13 +24,14 @@ bound by memory.
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.optim.adam import adam as torch_adam
+from torch.optim.optimizer import ParamsT
 
 from . import _dispatch
 from ._dispatch import dispatched
@@ -74,9 +75,9 @@ def reference(
 # --- kernels ------------------------------------------------------------------------------------
 
 # Rows of the table of tensors, and columns of the scalars that the update reads.
-_P, _G, _M, _V, _VMAX, _STEP, _NUMEL, _GROUP, _ROWS = (tl.constexpr(i) for i in range(9))
-_STEP_SIZE, _INV_SQRT_BC2, _DECAY, _C1, _C2, _EPS, _G_FACTOR, _GO = (
-    tl.constexpr(i) for i in range(8)
+_P, _G, _M, _V, _VMAX, _MASTER, _STEP, _NUMEL, _GROUP, _ID = (tl.constexpr(i) for i in range(10))
+_STEP_SIZE, _INV_SQRT_BC2, _DECAY, _C1, _C2, _EPS, _G_FACTOR, _GO, _T = (
+    tl.constexpr(i) for i in range(9)
 )
 _SCALARS = tl.constexpr(16)  # columns: a row is one 64-byte sector pair
 _HYPER = tl.constexpr(
@@ -86,9 +87,9 @@ _HYPER = tl.constexpr(
 
 @triton.jit
 def _prepare_kernel(
-    table_ptr, hyper_ptr, scalars_ptr, grad_scale_ptr, found_inf_ptr,
-    NT,
-    HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, BLOCK: tl.constexpr,
+    table_ptr, hyper_ptr, scalars_ptr, grad_scale_ptr, found_inf_ptr, squares_ptr, norm_ptr,
+    NT, parts, max_norm,
+    HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, CLIPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Advances the step of each tensor and writes its float32 scalars, computed in float64."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -115,6 +116,18 @@ def _prepare_kernel(
     factor = sign
     if HAS_SCALE:
         factor = sign / tl.load(grad_scale_ptr).to(tl.float64)
+    if CLIPS:
+        squares = tl.zeros([BLOCK], tl.float64)
+        for first in range(0, parts, BLOCK):
+            part = first + tl.arange(0, BLOCK)
+            squares += tl.load(squares_ptr + part, mask=part < parts, other=0.0).to(tl.float64)
+        norm = tl.sqrt(tl.sum(squares))
+        if HAS_SCALE:
+            norm /= tl.abs(tl.load(grad_scale_ptr).to(tl.float64))
+        clip = max_norm / (norm + 1e-6)
+        factor *= tl.where(clip >= 1.0, 1.0, clip)  # a NaN stays, as in clip_grad_norm_
+        if tl.program_id(0) == 0:
+            tl.store(norm_ptr, norm.to(tl.float32))
 
     row = scalars_ptr + offs * _SCALARS
     tl.store(row + _STEP_SIZE, (lr / bias_correction1).to(tl.float32), mask=mask)
@@ -125,7 +138,67 @@ def _prepare_kernel(
     tl.store(row + _C2, (1.0 - beta2).to(tl.float32), mask=mask)
     tl.store(row + _EPS, eps.to(tl.float32), mask=mask)
     tl.store(row + _G_FACTOR, factor.to(tl.float32), mask=mask)
+    tl.store(row + _T, step, mask=mask)
     tl.store(row + _GO, go + tl.zeros([BLOCK], tl.float32), mask=mask)
+
+
+@triton.jit
+def _squares_kernel(
+    table_ptr, chunks_ptr, squares_ptr,
+    NT, chunks,
+    G: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each program sums the squares of every so-manieth chunk of the gradients."""
+    squares = tl.zeros([BLOCK], tl.float32)
+    for c in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        tensor = tl.load(chunks_ptr + c * 2).to(tl.int64)
+        start = tl.load(chunks_ptr + c * 2 + 1).to(tl.int64) * CHUNK
+        g_ptr = _address(table_ptr, _G, tensor, NT, G, ALIGNED) + start
+        n = tl.minimum(tl.load(table_ptr + NT * _NUMEL + tensor) - start, CHUNK).to(tl.int32)
+        whole = n // BLOCK * BLOCK
+        for first in range(0, whole, BLOCK):
+            g = _load(g_ptr, first + tl.arange(0, BLOCK), n, False)
+            squares += g * g
+        if whole < n:
+            g = _load(g_ptr, whole + tl.arange(0, BLOCK), n, True)
+            squares += g * g
+    tl.store(squares_ptr + tl.program_id(0), tl.sum(squares))
+
+
+@triton.jit
+def _rounded_at_random(x, first, seed, t, tensor, BLOCK: tl.constexpr):
+    """One of the two bfloat16 neighbours of x, the nearer the likelier; NaN and inf stay.
+
+    The random bits depend on the seed, the element's index, the step and the parameter alone.
+    """
+    quad = first // 4 + tl.arange(0, BLOCK // 4)
+    low = quad.to(tl.uint32)
+    zero = low * 0
+    a, b, c, d = tl.philox(seed, low, (quad >> 32).to(tl.uint32), zero + t, zero + tensor)
+    # Four numbers a call, for the four neighbours that one thread holds: none is moved.
+    noise = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK]) & 0xFFFF
+    bits = x.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000  # a NaN of all ones would wrap to -0
+    bits = tl.where(finite, (bits + noise) & 0xFFFF0000, bits)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _joined(high, low):
+    """The float32 that a bfloat16 and its 16-bit remainder make."""
+    bits = high.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return (bits + low.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split(x):
+    """The nearest bfloat16, and what it lacks as a signed 16-bit integer."""
+    bits = x.to(tl.int32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    high = (bits + 0x8000) >> 16
+    low = tl.where(finite, bits - (high << 16), 0)
+    near = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.where(finite, near, x.to(tl.bfloat16)), low.to(tl.int16)
 
 
 @triton.jit
@@ -138,6 +211,7 @@ def _address(table_ptr, ROW: tl.constexpr, tensor, NT, DTYPE: tl.constexpr, ALIG
 
 @triton.jit
 def _load(ptr, offs, n, MASKED: tl.constexpr):
+    """As float32; beyond n, where a mask is needed, 0."""
     if MASKED:
         x = tl.load(ptr + offs, mask=offs < n, other=0.0)
     else:
@@ -155,11 +229,24 @@ def _store(ptr, offs, n, x, MASKED: tl.constexpr):
 
 @triton.jit
 def _update(
-    p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, offs, n,
-    step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor,
-    DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr, MASKED: tl.constexpr,
+    p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, master_ptr, start, first, n,
+    step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor, seed, t, tensor,
+    DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, RANDOM: tl.constexpr,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    p = _load(p_ptr, offs, n, MASKED)
+    offs = first + tl.arange(0, BLOCK)
+    if MASTER == "fp32":
+        p = _load(master_ptr, offs, n, MASKED)
+    elif MASTER == "split":
+        if MASKED:
+            high = tl.load(p_ptr + offs, mask=offs < n, other=0.0)
+            low = tl.load(master_ptr + offs, mask=offs < n, other=0)
+        else:
+            high = tl.load(p_ptr + offs)
+            low = tl.load(master_ptr + offs)
+        p = _joined(high, low)
+    else:
+        p = _load(p_ptr, offs, n, MASKED)
     g = _load(g_ptr, offs, n, MASKED) * g_factor
     m = _load(m_ptr, offs, n, MASKED)
     v = _load(v_ptr, offs, n, MASKED)
@@ -176,7 +263,16 @@ def _update(
         largest = tl.where((vmax >= v) | (vmax != vmax), vmax, v)  # NaN stays, as torch.maximum
         _store(vmax_ptr, offs, n, largest, MASKED)
     p -= step_size * tl.div_rn(m, tl.sqrt_rn(largest) * inv_sqrt_bc2 + eps)
-    _store(p_ptr, offs, n, p, MASKED)
+    if MASTER == "split":
+        high, low = _split(p)
+        _store(p_ptr, offs, n, high, MASKED)
+        _store(master_ptr, offs, n, low, MASKED)
+    else:
+        if MASTER == "fp32":
+            _store(master_ptr, offs, n, p, MASKED)
+        if RANDOM:
+            p = _rounded_at_random(p, start + first, seed, t, tensor, BLOCK)
+        _store(p_ptr, offs, n, p, MASKED)
     _store(m_ptr, offs, n, m, MASKED)
     _store(v_ptr, offs, n, v, MASKED)
 
@@ -184,9 +280,10 @@ def _update(
 @triton.jit
 def _update_kernel(
     table_ptr, chunks_ptr, scalars_ptr,
-    NT,
+    NT, seed,
     P: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
-    DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr,
+    DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, RANDOM: tl.constexpr,
+    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program updates one chunk of one tensor."""
@@ -209,20 +306,27 @@ def _update_kernel(
         vmax_ptr = v_ptr
         if AMSGRAD:
             vmax_ptr = _address(table_ptr, _VMAX, tensor, NT, S, ALIGNED) + start
+        master_ptr = p_ptr
+        if MASTER == "fp32":
+            master_ptr = _address(table_ptr, _MASTER, tensor, NT, tl.float32, ALIGNED) + start
+        if MASTER == "split":
+            master_ptr = _address(table_ptr, _MASTER, tensor, NT, tl.int16, ALIGNED) + start
+        t = tl.load(scalars + _T).to(tl.int32).to(tl.uint32)
+        number = tl.load(table_ptr + NT * _ID + tensor).to(tl.uint32)
         n = tl.minimum(tl.load(table_ptr + NT * _NUMEL + tensor) - start, CHUNK).to(tl.int32)
         # A mask that depends on loaded data would force scalar accesses: only the end has one.
         whole = n // BLOCK * BLOCK
         for first in range(0, whole, BLOCK):
             _update(
-                p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, first + tl.arange(0, BLOCK), n,
-                step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor,
-                DECOUPLED, AMSGRAD, False,
+                p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, master_ptr, start, first, n,
+                step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor, seed, t, number,
+                DECOUPLED, AMSGRAD, MASTER, RANDOM, BLOCK, False,
             )  # fmt: skip
         if whole < n:
             _update(
-                p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, whole + tl.arange(0, BLOCK), n,
-                step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor,
-                DECOUPLED, AMSGRAD, True,
+                p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, master_ptr, start, whole, n,
+                step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor, seed, t, number,
+                DECOUPLED, AMSGRAD, MASTER, RANDOM, BLOCK, True,
             )  # fmt: skip
 
 
@@ -230,6 +334,7 @@ def _update_kernel(
 
 _CHUNK = 8192  # elements a program; unmeasured
 _WARPS = 4
+_NORM_PROGRAMS = 1024  # partial sums of the norm: the same on any device, so the norm is too
 _TRITON = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
@@ -248,6 +353,9 @@ class _Row(NamedTuple):
     step: Tensor
     group: int
     decoupled: bool
+    number: int  # its place in the optimizer, which seeds its rounding
+    master: Tensor | None = None  # float32 weights, or the int16 half that bfloat16 lacks
+    stochastic: bool = False
 
 
 class _Bucket(NamedTuple):
@@ -294,20 +402,24 @@ class _Plan:
         for i, row in enumerate(rows):
             p = self._laid_out(row.p, row.p, written=True)
             m, v = (self._laid_out(t, p, written=True) for t in (row.m, row.v))
-            vmax = None if row.vmax is None else self._laid_out(row.vmax, p, written=True)
+            vmax, master = (
+                None if t is None else self._laid_out(t, p, written=True)
+                for t in (row.vmax, row.master)
+            )
             same = row.g.stride() == p.stride()
             g = row.g if same else torch.empty_like(p, dtype=row.g.dtype)
             if not same:
                 self.grad_copies.append((i, g))
             if row.step.device != self.device or row.step.dtype != torch.float32:
                 self.host_steps.append(i)
-            tensors = [p, g, m, v] + ([] if vmax is None else [vmax])
-            addresses = [t.data_ptr() for t in tensors]
-            last = 0 if vmax is None else vmax.data_ptr()
+            addresses = [0 if t is None else t.data_ptr() for t in (p, g, m, v, vmax, master)]
             self.grad_addresses.append(addresses[1])
-            columns.append([*addresses[:4], last, row.step.data_ptr(), p.numel(), row.group])
+            columns.append([*addresses, row.step.data_ptr(), p.numel(), row.group, row.number])
             aligned = all(a % 16 == 0 for a in addresses)
-            kind = (p.dtype, g.dtype, m.dtype, row.decoupled, vmax is not None, aligned)
+            masters = None if master is None else "fp32" if master.is_floating_point() else "split"
+            stochastic = row.stochastic and p.dtype == torch.bfloat16 and masters != "split"
+            flags = (row.decoupled, vmax is not None, masters, stochastic, aligned)
+            kind = (p.dtype, g.dtype, m.dtype, *flags)
             buckets.setdefault(kind, []).append((i, p.numel()))
 
         # Steps that the kernel cannot reach (on the host, as torch keeps them) have a copy it can.
@@ -319,6 +431,8 @@ class _Plan:
                 columns[i][_STEP.value] = self.mirror.data_ptr() + 4 * k
         table = list(zip(*columns, strict=True))
         self.table = _uploaded(table, torch.int64, self.device)
+        self.squares: Tensor | None = None
+        self.norm: Tensor | None = None
         self.scalars = torch.empty(
             self.size, _SCALARS.value, dtype=torch.float32, device=self.device
         )
@@ -339,13 +453,15 @@ class _Plan:
         return work
 
     def _bucket(self, kind: tuple[Any, ...], members: list[tuple[int, int]]) -> _Bucket:
-        p, g, s, decoupled, amsgrad, aligned = kind
+        p, g, s, decoupled, amsgrad, master, stochastic, aligned = kind
         chunks = [(i, c) for i, n in members for c in range(triton.cdiv(n, _CHUNK))]
         # Four elements a thread where dtypes differ: eight would pass through shared memory.
-        elements = 8 if p == g == s and p.itemsize == 2 else 4
+        plain = p == g == s and master is None and not stochastic
+        elements = 8 if plain and p.itemsize == 2 else 4
         constants = {
             "P": _TRITON[p], "G": _TRITON[g], "S": _TRITON[s],
-            "DECOUPLED": decoupled, "AMSGRAD": amsgrad, "ALIGNED": aligned,
+            "DECOUPLED": decoupled, "AMSGRAD": amsgrad, "MASTER": master, "RANDOM": stochastic,
+            "ALIGNED": aligned,
             "CHUNK": _CHUNK, "BLOCK": elements * 32 * _WARPS, "num_warps": _WARPS,
         }  # fmt: skip
         return _Bucket(_uploaded(chunks, torch.int32, self.device), constants)
@@ -379,23 +495,51 @@ class _Plan:
         for row, column, value in tensors:
             self.hyper[row, column].copy_(value.squeeze(), non_blocking=True)
 
-    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Takes one step: a launch that prepares, and one for each combination of dtypes."""
+    def run(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        max_norm: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Takes one step: a launch that prepares, and one for each combination of dtypes.
+
+        Clipping takes one more for each, before; the norm of the gradients is then in ``norm``.
+        """
         for work, t in self.copied_in:
             work.copy_(t)
+        parts = self._sum_squares() if max_norm is not None else 0
         block = min(128, triton.next_power_of_2(self.size))
         _prepare_kernel[(triton.cdiv(self.size, block),)](
-            self.table, self.hyper, self.scalars, grad_scale, found_inf,
-            self.size,
+            self.table, self.hyper, self.scalars, grad_scale, found_inf, self.squares, self.norm,
+            self.size, parts, 0.0 if max_norm is None else max_norm,
             HAS_SCALE=grad_scale is not None, HAS_FOUND=found_inf is not None,
-            BLOCK=block, num_warps=4,
+            CLIPS=max_norm is not None, BLOCK=block, num_warps=4,
         )  # fmt: skip
         for bucket in self.buckets:
             _update_kernel[(len(bucket.chunks),)](
-                self.table, bucket.chunks, self.scalars, self.size, **bucket.constants
+                self.table, bucket.chunks, self.scalars, self.size, seed, **bucket.constants
             )
         for t, work in self.copied_out:
             t.copy_(work)
+
+    def _sum_squares(self) -> int:
+        """Partial sums of the gradients' squares, and how many; in a fixed order on any device."""
+        programs = [min(len(bucket.chunks), _NORM_PROGRAMS) for bucket in self.buckets]
+        if self.squares is None:
+            self.squares = torch.empty(sum(programs), dtype=torch.float32, device=self.device)
+        self.norm = torch.empty((), dtype=torch.float32, device=self.device)
+        first = 0
+        for bucket, count in zip(self.buckets, programs, strict=True):
+            constants = {
+                name: bucket.constants[name] for name in ("G", "ALIGNED", "CHUNK", "BLOCK")
+            }
+            _squares_kernel[(count,)](
+                self.table, bucket.chunks, self.squares[first:],
+                self.size, len(bucket.chunks), **constants, num_warps=_WARPS,
+            )  # fmt: skip
+            first += count
+        return first
 
 
 def _fake(
@@ -446,8 +590,8 @@ def _step(
     lists = (params, grads, exp_avgs, exp_avg_sqs)
     largest: Sequence[Tensor | None] = max_exp_avg_sqs if amsgrad else [None] * len(params)
     rows = [
-        _Row(p, g, m, v, vmax, step, 0, decoupled)
-        for p, g, m, v, vmax, step in zip(*lists, largest, state_steps, strict=True)
+        _Row(p, g, m, v, vmax, step, 0, decoupled, i)
+        for i, (p, g, m, v, vmax, step) in enumerate(zip(*lists, largest, state_steps, strict=True))
     ]
     plan = _Plan(rows)
     plan.take_gradients(grads)
@@ -471,6 +615,8 @@ def _advance(steps: list[Tensor], found_inf: Tensor | None) -> None:
 def _uncovered_tensors(*tensors: Tensor) -> str | None:
     """Why the kernel does not update a parameter with these tensors, the parameter first."""
     p = tensors[0]
+    if any(t.dtype != tensors[2].dtype for t in tensors[3:]):
+        return "the states differ in dtype"
     for t in tensors:
         if t.dtype not in _TRITON:
             return f"a tensor is {t.dtype}"
@@ -702,7 +848,8 @@ def _addresses(params: list[Tensor], states: list[dict[str, Any]]) -> list[int]:
     found += map(Tensor.numel, params)
     for name in ("exp_avg", "exp_avg_sq", "step"):
         found += map(Tensor.data_ptr, [s[name] for s in states])
-    found += [s["max_exp_avg_sq"].data_ptr() for s in states if "max_exp_avg_sq" in s]
+    for name in ("max_exp_avg_sq", "master"):
+        found += [s[name].data_ptr() for s in states if name in s]
     return found
 
 
@@ -714,6 +861,7 @@ class _Fused(torch.optim.Adam):
     """The step that Adam and AdamW share."""
 
     _planned: _Planned | None = None
+    _last_grad_norm: Tensor | None = None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -739,12 +887,13 @@ class _Fused(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() and not any(o in self.defaults for o in _OPTIONS):
                 self._traced_step()
             else:
                 self._take_step()
         return loss
 
+    @torch._disable_dynamo
     def _take_step(self) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
@@ -753,11 +902,19 @@ class _Fused(torch.optim.Adam):
             planned = self._planned = self._make_plan(params, grads)
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
+        max_norm = self._max_grad_norm()
+        if max_norm is not None and not planned.plans:
+            grad_scale = self._clipping_scale(
+                [g for g in grads if g is not None], grad_scale, max_norm
+            )
         if planned.plans:
             numbers, on_device = self._hyper()
             for plan, _ in planned.plans:
                 plan.set_hyper(numbers, on_device)
-                plan.run(_moved(grad_scale, plan.device), _moved(found_inf, plan.device))
+                scale, inf = _moved(grad_scale, plan.device), _moved(found_inf, plan.device)
+                plan.run(scale, inf, max_norm, self.param_groups[0].get("seed") or 0)
+                if max_norm is not None:
+                    self._last_grad_norm = plan.norm
             torch.autograd.graph.increment_version(planned.written)
             for i, steps in enumerate(planned.host_steps):
                 _advance([steps], found_inf)
@@ -766,8 +923,96 @@ class _Fused(torch.optim.Adam):
             if left:
                 self._eager_step(group, left, grad_scale, found_inf)
 
+    def _max_grad_norm(self) -> float | None:
+        values = {group.get("max_grad_norm") for group in self.param_groups}
+        if len(values) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: max_grad_norm must be the same in all groups; got {values}"
+            )
+        return values.pop()
+
+    def _clipping_scale(
+        self, grads: list[Tensor], grad_scale: Tensor | None, max_norm: float
+    ) -> Tensor | None:
+        """What divides the gradients on PyTorch's path, so that their norm is at most max_norm."""
+        if not grads:
+            return grad_scale
+        norm = torch.nn.utils.get_total_norm([g.float() for g in grads])
+        if grad_scale is not None:
+            norm = norm / grad_scale
+        self._last_grad_norm = norm
+        scale = 1 / (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return scale if grad_scale is None else scale * grad_scale
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The norm of all gradients at the last step, before clipping, on their device.
+
+        None before the first step, and where ``max_grad_norm`` is None.
+        """
+        return self._last_grad_norm
+
+    def _set_options(self, **options: Any) -> None:
+        """Keeps what was asked beyond torch's arguments in the groups; nothing where not asked."""
+        name = type(self).__name__
+        max_norm = options["max_grad_norm"]
+        if max_norm is not None and not max_norm > 0.0:
+            raise ValueError(f"{name}: max_grad_norm must be positive; got {max_norm}")
+        for option, allowed in (
+            ("state_dtype", (None, torch.float32, torch.bfloat16)),
+            ("master", (None, "fp32", "split")),
+            ("rounding", (None, "stochastic")),
+        ):
+            if options[option] not in allowed:
+                raise ValueError(
+                    f"{name}: {option} must be one of {allowed}; got {options[option]!r}"
+                )
+        if options["master"] == "split" and options["rounding"]:
+            raise ValueError(f'{name}: rounding must be None beside master="split", which is exact')
+        asked = {option: value for option, value in options.items() if value is not None}
+        self.defaults.update(asked)
+        for group in self.param_groups:
+            for option, value in asked.items():
+                group.setdefault(option, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a checkpoint of torch's has none of these
+            for option in _OPTIONS:
+                if option in self.defaults:
+                    group.setdefault(option, self.defaults[option])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads torch's state_dict or this class's.
+
+        torch casts states to their parameter's dtype. A state that was saved in float32, in
+        ``state_dtype``, or as a master weight keeps its bits where this optimizer holds it so.
+        """
+        kept: dict[str, Any] = {}
+        hook = self.register_load_state_dict_pre_hook(lambda _, given: kept.update(given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        ids = [i for group in kept["param_groups"] for i in group["params"]]
+        places = [(group, p) for group in self.param_groups for p in group["params"]]
+        for i, (group, p) in zip(ids, places, strict=True):
+            given, state = kept["state"].get(i, {}), self.state.get(p, {})
+            if not state:
+                continue
+            for name, value in given.items():
+                dtype = value.dtype if name == "master" else group.get("state_dtype")
+                if name in _STATES and dtype is not None:
+                    state[name] = value.to(p.device, dtype, copy=True)
+            master = group.get("master") if p.dtype != torch.float32 else None
+            if master is None:
+                state.pop("master", None)
+            elif "master" not in state or state["master"].is_floating_point() != (master == "fp32"):
+                state["master"] = _new_master(p, master)
+
     def _settings(self) -> list[Any]:
         flags = [tuple([group[name] for name in _FLAGS]) for group in self.param_groups]
+        flags += [tuple([group.get(name) for name in _OPTIONS]) for group in self.param_groups]
         return [_dispatch._backend, _dispatch._cpu_runner, *flags]
 
     def _still_holds(
@@ -793,9 +1038,29 @@ class _Fused(torch.optim.Adam):
 
     def _lists(self, group: dict[str, Any], params: list[Tensor]) -> tuple[list[Any], bool]:
         """Parameters with gradients, gradients and states; torch's method makes the states."""
+        for p in params:
+            if p.grad is not None and not self.state.get(p) and not p.grad.is_sparse:
+                self._make_state(group, p)
         lists: list[Any] = [[] for _ in range(6)]
         has_complex = self._init_group({**group, "params": params}, *lists)
         return lists, has_complex
+
+    def _make_state(self, group: dict[str, Any], p: Tensor) -> None:
+        """What torch would not make: states of another dtype, and master weights."""
+        dtype = group.get("state_dtype")
+        master = group.get("master") if p.dtype in (torch.bfloat16, torch.float16) else None
+        if dtype is None and master is None:
+            return
+        if master == "split" and p.dtype != torch.bfloat16:
+            name = type(self).__name__
+            raise ValueError(f'{name}: master="split" must be used with bfloat16; got {p.dtype}')
+        self._init_group({**group, "params": [p]}, *([] for _ in range(6)))
+        state = self.state[p]
+        for name in _STATES[:3]:
+            if dtype is not None and name in state:
+                state[name] = state[name].to(dtype)
+        if master is not None:
+            state["master"] = _new_master(p, master)
 
     def _make_plan(self, params: list[Tensor], grads: list[Tensor | None]) -> _Planned:
         rows: dict[torch.device, list[tuple[int, _Row]]] = {}
@@ -812,14 +1077,24 @@ class _Fused(torch.optim.Adam):
                 if reason is None:
                     row = _Row(
                         p, found_grads[k], m[k], v[k], largest, steps[k], i,
-                        group["decoupled_weight_decay"],
+                        group["decoupled_weight_decay"], places[p], self.state[p].get("master"),
+                        group.get("rounding") == "stochastic",
                     )  # fmt: skip
                     rows.setdefault(p.device, []).append((places[p], row))
-                elif _dispatch._backend == "triton":
+                elif _dispatch._backend == "triton" or any(group.get(o) for o in _PRECISION):
                     name = type(self).__name__
-                    raise RuntimeError(f'{name}: backend "triton" cannot run this step: {reason}')
+                    asked = 'backend "triton"'
+                    if _dispatch._backend != "triton":
+                        asked = next(f"{o}={group[o]!r}" for o in _PRECISION if group.get(o))
+                    raise RuntimeError(f"{name}: {asked} cannot run this step: {reason}")
                 else:
                     eager[-1].append(p)
+        max_norm = self._max_grad_norm()
+        if max_norm is not None and len(rows) + any(eager) > 1:  # the norm is of all gradients
+            eager = [
+                [p for p in group["params"] if p.grad is not None] for group in self.param_groups
+            ]
+            rows = {}
         plans, host_steps = [], []
         for members in rows.values():
             plan = _Plan([row for _, row in members])
@@ -891,12 +1166,13 @@ class _Fused(torch.optim.Adam):
         if not torch_chooses and lists[0] and (fused or not group["capturable"]):
             if lists[0][0].device.type == "cpu":
                 fused = _all_suit_torch_fused(lists)
-            if not fused and found_inf is not None and found_inf.item():
+        # Clipping leaves the gradients alone, where torch's fused step would write them.
+        if group.get("max_grad_norm") is not None or (not fused and not torch_chooses):
+            if found_inf is not None and found_inf.item():
                 return
-            if not fused and grad_scale is not None:
+            if grad_scale is not None:
                 lists[1] = [g / grad_scale for g in lists[1]]
-            if not fused:
-                grad_scale = found_inf = None
+            grad_scale = found_inf = None
         betas = [float(b) if fused else b for b in group["betas"]]
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = lists
         torch_adam(
@@ -945,6 +1221,18 @@ class _Fused(torch.optim.Adam):
                 )
 
 
+_PRECISION = ("state_dtype", "master", "rounding")  # what torch's own step cannot do
+_OPTIONS = (*_PRECISION, "seed", "max_grad_norm")
+_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
+
+
+def _new_master(p: Tensor, kind: str) -> Tensor:
+    """The parameter in float32, or the 16 bits that it lacks: none."""
+    if kind == "fp32":
+        return p.detach().to(torch.float32, copy=True)
+    return torch.zeros_like(p, dtype=torch.int16)
+
+
 _FLAGS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay")
 
 
@@ -963,15 +1251,95 @@ class Adam(_Fused):
     and ``differentiable=True`` are left to torch.
 
     Args:
-        params: As torch.optim.Adam, with all that follows.
+        params: As torch.optim.Adam.
+        lr: As torch.optim.Adam, with all before max_grad_norm.
+        betas: Decays of the running means of the gradient and its square.
+        eps: Added to the denominator.
+        weight_decay: Added to the gradient; AdamW takes it off the weight.
+        amsgrad: Divides by the largest mean so far.
+        foreach: True is torch's.
+        maximize: Ascends.
+        capturable: Keeps the steps on the device, for CUDA graphs.
+        differentiable: True is torch's.
+        fused: Above.
+        max_grad_norm: Scales the gradients within the step so that the norm of all of them,
+            accumulated in float32, is at most this. The gradients themselves stay as they are.
+        state_dtype: torch.float32 or torch.bfloat16 for the running means; None is the
+            parameter's dtype, as torch.
+        master: "fp32" keeps float32 weights beside half-precision parameters; "split" keeps the
+            16 bits that bfloat16 parameters lack of float32, to the same result in 2 bytes less.
+        rounding: "stochastic" rounds bfloat16 parameters to either neighbour at random, without
+            bias; the same for the same seed, step, parameter and element. None: to the nearest.
+        seed: Of that rounding; default 0.
 
     Raises:
-        ValueError: What torch.optim.Adam raises, in its words.
+        ValueError: What torch.optim.Adam raises, in its words; an option outside the above.
+        RuntimeError: From ``step``: state_dtype, master or rounding where no kernel can run.
     """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        state_dtype: torch.dtype | None = None,
+        master: Literal["fp32", "split"] | None = None,
+        rounding: Literal["stochastic"] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        torch.optim.Adam.__init__(
+            self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach,
+            maximize=maximize, capturable=capturable, differentiable=differentiable, fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )  # fmt: skip
+        self._set_options(
+            max_grad_norm=max_grad_norm, state_dtype=state_dtype, master=master,
+            rounding=rounding, seed=seed,
+        )  # fmt: skip
 
 
 class AdamW(_Fused, torch.optim.AdamW):
     """``torch.optim.AdamW`` whose step takes a constant number of launches; see ``Adam``."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        state_dtype: torch.dtype | None = None,
+        master: Literal["fp32", "split"] | None = None,
+        rounding: Literal["stochastic"] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        torch.optim.AdamW.__init__(
+            self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach,
+            maximize=maximize, capturable=capturable, differentiable=differentiable, fused=fused,
+        )  # fmt: skip
+        self._set_options(
+            max_grad_norm=max_grad_norm, state_dtype=state_dtype, master=master,
+            rounding=rounding, seed=seed,
+        )  # fmt: skip
 
 
 # --- declaration --------------------------------------------------------------------------------
