@@ -18,13 +18,20 @@ The first kernel advances the steps and writes each tensor's scalars; the second
 through a table of addresses in chunks of equal size. Learning rates, betas and steps live in
 device memory: a schedule neither recompiles nor synchronises.
 
-Cost: reads p, g, exp_avg, exp_avg_sq and writes all but g: 28 bytes a parameter in float32,
-bound by memory.
+Cost, bound by memory, in bytes a parameter and step (p and g, states, extras):
+
+    float32                                            28
+    bfloat16 throughout, torch's default for it        14
+    bfloat16, state_dtype=float32, stochastic          22
+    bfloat16, state_dtype=float32, master="split"      26
+    bfloat16, state_dtype=float32, master="fp32"       32
+    amsgrad +8 (float32 states); ema_decay +8; max_grad_norm + the gradient read once more
 """
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import triton
@@ -75,9 +82,11 @@ def reference(
 # --- kernels ------------------------------------------------------------------------------------
 
 # Rows of the table of tensors, and columns of the scalars that the update reads.
-_P, _G, _M, _V, _VMAX, _MASTER, _STEP, _NUMEL, _GROUP, _ID = (tl.constexpr(i) for i in range(10))
-_STEP_SIZE, _INV_SQRT_BC2, _DECAY, _C1, _C2, _EPS, _G_FACTOR, _GO, _T = (
-    tl.constexpr(i) for i in range(9)
+_P, _G, _M, _V, _VMAX, _MASTER, _EMA, _STEP, _NUMEL, _GROUP, _ID = (
+    tl.constexpr(i) for i in range(11)
+)
+_STEP_SIZE, _INV_SQRT_BC2, _DECAY, _C1, _C2, _EPS, _G_FACTOR, _GO, _T, _C_EMA = (
+    tl.constexpr(i) for i in range(10)
 )
 _SCALARS = tl.constexpr(16)  # columns: a row is one 64-byte sector pair
 _HYPER = tl.constexpr(
@@ -110,6 +119,7 @@ def _prepare_kernel(
     weight_decay = tl.load(group + 4, mask=mask, other=0.0)
     sign = tl.load(group + 5, mask=mask, other=1.0)
     decoupled = tl.load(group + 6, mask=mask, other=1.0)
+    ema_decay = tl.load(group + 7, mask=mask, other=1.0)
     t = tl.maximum(step, 1.0).to(tl.float64)  # a first step that is skipped leaves 0
     bias_correction1 = 1.0 - tl.exp(t * tl.log(beta1))
     bias_correction2 = 1.0 - tl.exp(t * tl.log(beta2))
@@ -139,6 +149,7 @@ def _prepare_kernel(
     tl.store(row + _EPS, eps.to(tl.float32), mask=mask)
     tl.store(row + _G_FACTOR, factor.to(tl.float32), mask=mask)
     tl.store(row + _T, step, mask=mask)
+    tl.store(row + _C_EMA, (1.0 - ema_decay).to(tl.float32), mask=mask)
     tl.store(row + _GO, go + tl.zeros([BLOCK], tl.float32), mask=mask)
 
 
@@ -229,10 +240,10 @@ def _store(ptr, offs, n, x, MASKED: tl.constexpr):
 
 @triton.jit
 def _update(
-    p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, master_ptr, start, first, n,
-    step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor, seed, t, tensor,
+    p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, master_ptr, ema_ptr, start, first, n,
+    step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor, c_ema, seed, t, tensor,
     DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, RANDOM: tl.constexpr,
-    BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    EMA: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     offs = first + tl.arange(0, BLOCK)
     if MASTER == "fp32":
@@ -263,6 +274,9 @@ def _update(
         largest = tl.where((vmax >= v) | (vmax != vmax), vmax, v)  # NaN stays, as torch.maximum
         _store(vmax_ptr, offs, n, largest, MASKED)
     p -= step_size * tl.div_rn(m, tl.sqrt_rn(largest) * inv_sqrt_bc2 + eps)
+    if EMA:
+        ema = _load(ema_ptr, offs, n, MASKED)
+        _store(ema_ptr, offs, n, ema - c_ema * ema + c_ema * p, MASKED)
     if MASTER == "split":
         high, low = _split(p)
         _store(p_ptr, offs, n, high, MASKED)
@@ -283,7 +297,7 @@ def _update_kernel(
     NT, seed,
     P: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
     DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr, MASTER: tl.constexpr, RANDOM: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    EMA: tl.constexpr, ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program updates one chunk of one tensor."""
@@ -311,6 +325,10 @@ def _update_kernel(
             master_ptr = _address(table_ptr, _MASTER, tensor, NT, tl.float32, ALIGNED) + start
         if MASTER == "split":
             master_ptr = _address(table_ptr, _MASTER, tensor, NT, tl.int16, ALIGNED) + start
+        ema_ptr = p_ptr
+        if EMA:
+            ema_ptr = _address(table_ptr, _EMA, tensor, NT, tl.float32, ALIGNED) + start
+        c_ema = tl.load(scalars + _C_EMA)
         t = tl.load(scalars + _T).to(tl.int32).to(tl.uint32)
         number = tl.load(table_ptr + NT * _ID + tensor).to(tl.uint32)
         n = tl.minimum(tl.load(table_ptr + NT * _NUMEL + tensor) - start, CHUNK).to(tl.int32)
@@ -318,15 +336,15 @@ def _update_kernel(
         whole = n // BLOCK * BLOCK
         for first in range(0, whole, BLOCK):
             _update(
-                p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, master_ptr, start, first, n,
-                step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor, seed, t, number,
-                DECOUPLED, AMSGRAD, MASTER, RANDOM, BLOCK, False,
+                p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, master_ptr, ema_ptr, start, first, n,
+                step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor, c_ema, seed, t, number,
+                DECOUPLED, AMSGRAD, MASTER, RANDOM, EMA, BLOCK, False,
             )  # fmt: skip
         if whole < n:
             _update(
-                p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, master_ptr, start, whole, n,
-                step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor, seed, t, number,
-                DECOUPLED, AMSGRAD, MASTER, RANDOM, BLOCK, True,
+                p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, master_ptr, ema_ptr, start, whole, n,
+                step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor, c_ema, seed, t, number,
+                DECOUPLED, AMSGRAD, MASTER, RANDOM, EMA, BLOCK, True,
             )  # fmt: skip
 
 
@@ -356,6 +374,7 @@ class _Row(NamedTuple):
     number: int  # its place in the optimizer, which seeds its rounding
     master: Tensor | None = None  # float32 weights, or the int16 half that bfloat16 lacks
     stochastic: bool = False
+    ema: Tensor | None = None  # float32
 
 
 class _Bucket(NamedTuple):
@@ -402,9 +421,9 @@ class _Plan:
         for i, row in enumerate(rows):
             p = self._laid_out(row.p, row.p, written=True)
             m, v = (self._laid_out(t, p, written=True) for t in (row.m, row.v))
-            vmax, master = (
+            vmax, master, ema = (
                 None if t is None else self._laid_out(t, p, written=True)
-                for t in (row.vmax, row.master)
+                for t in (row.vmax, row.master, row.ema)
             )
             same = row.g.stride() == p.stride()
             g = row.g if same else torch.empty_like(p, dtype=row.g.dtype)
@@ -412,13 +431,13 @@ class _Plan:
                 self.grad_copies.append((i, g))
             if row.step.device != self.device or row.step.dtype != torch.float32:
                 self.host_steps.append(i)
-            addresses = [0 if t is None else t.data_ptr() for t in (p, g, m, v, vmax, master)]
+            addresses = [0 if t is None else t.data_ptr() for t in (p, g, m, v, vmax, master, ema)]
             self.grad_addresses.append(addresses[1])
             columns.append([*addresses, row.step.data_ptr(), p.numel(), row.group, row.number])
             aligned = all(a % 16 == 0 for a in addresses)
             masters = None if master is None else "fp32" if master.is_floating_point() else "split"
             stochastic = row.stochastic and p.dtype == torch.bfloat16 and masters != "split"
-            flags = (row.decoupled, vmax is not None, masters, stochastic, aligned)
+            flags = (row.decoupled, vmax is not None, masters, stochastic, ema is not None, aligned)
             kind = (p.dtype, g.dtype, m.dtype, *flags)
             buckets.setdefault(kind, []).append((i, p.numel()))
 
@@ -453,15 +472,15 @@ class _Plan:
         return work
 
     def _bucket(self, kind: tuple[Any, ...], members: list[tuple[int, int]]) -> _Bucket:
-        p, g, s, decoupled, amsgrad, master, stochastic, aligned = kind
+        p, g, s, decoupled, amsgrad, master, stochastic, ema, aligned = kind
         chunks = [(i, c) for i, n in members for c in range(triton.cdiv(n, _CHUNK))]
         # Four elements a thread where dtypes differ: eight would pass through shared memory.
-        plain = p == g == s and master is None and not stochastic
+        plain = p == g == s and master is None and not (stochastic or ema)
         elements = 8 if plain and p.itemsize == 2 else 4
         constants = {
             "P": _TRITON[p], "G": _TRITON[g], "S": _TRITON[s],
             "DECOUPLED": decoupled, "AMSGRAD": amsgrad, "MASTER": master, "RANDOM": stochastic,
-            "ALIGNED": aligned,
+            "EMA": ema, "ALIGNED": aligned,
             "CHUNK": _CHUNK, "BLOCK": elements * 32 * _WARPS, "num_warps": _WARPS,
         }  # fmt: skip
         return _Bucket(_uploaded(chunks, torch.int32, self.device), constants)
@@ -506,15 +525,24 @@ class _Plan:
 
         Clipping takes one more for each, before; the norm of the gradients is then in ``norm``.
         """
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            self._launch(grad_scale, found_inf, max_norm, seed)
+
+    def _launch(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        max_norm: float | None,
+        seed: int,
+    ) -> None:
         for work, t in self.copied_in:
             work.copy_(t)
         parts = self._sum_squares() if max_norm is not None else 0
-        block = min(128, triton.next_power_of_2(self.size))
-        _prepare_kernel[(triton.cdiv(self.size, block),)](
+        _prepare_kernel[(triton.cdiv(self.size, 128),)](
             self.table, self.hyper, self.scalars, grad_scale, found_inf, self.squares, self.norm,
             self.size, parts, 0.0 if max_norm is None else max_norm,
             HAS_SCALE=grad_scale is not None, HAS_FOUND=found_inf is not None,
-            CLIPS=max_norm is not None, BLOCK=block, num_warps=4,
+            CLIPS=max_norm is not None, BLOCK=128, num_warps=4,
         )  # fmt: skip
         for bucket in self.buckets:
             _update_kernel[(len(bucket.chunks),)](
@@ -848,7 +876,7 @@ def _addresses(params: list[Tensor], states: list[dict[str, Any]]) -> list[int]:
     found += map(Tensor.numel, params)
     for name in ("exp_avg", "exp_avg_sq", "step"):
         found += map(Tensor.data_ptr, [s[name] for s in states])
-    for name in ("max_exp_avg_sq", "master"):
+    for name in ("max_exp_avg_sq", "master", "ema"):
         found += [s[name].data_ptr() for s in states if name in s]
     return found
 
@@ -881,7 +909,7 @@ class _Fused(torch.optim.Adam):
         Returns:
             What ``closure`` returned, or None.
         """
-        self._accelerator_graph_capture_health_check()
+        getattr(self, _HEALTH_CHECK)()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -958,6 +986,9 @@ class _Fused(torch.optim.Adam):
         max_norm = options["max_grad_norm"]
         if max_norm is not None and not max_norm > 0.0:
             raise ValueError(f"{name}: max_grad_norm must be positive; got {max_norm}")
+        ema_decay = options["ema_decay"]
+        if ema_decay is not None and not 0.0 < ema_decay < 1.0:
+            raise ValueError(f"{name}: ema_decay must be between 0 and 1; got {ema_decay}")
         for option, allowed in (
             ("state_dtype", (None, torch.float32, torch.bfloat16)),
             ("master", (None, "fp32", "split")),
@@ -1001,24 +1032,23 @@ class _Fused(torch.optim.Adam):
             if not state:
                 continue
             for name, value in given.items():
-                dtype = value.dtype if name == "master" else group.get("state_dtype")
+                own = name in ("master", "ema")
+                dtype = value.dtype if own else group.get("state_dtype")
                 if name in _STATES and dtype is not None:
                     state[name] = value.to(p.device, dtype, copy=True)
-            master = group.get("master") if p.dtype != torch.float32 else None
-            if master is None:
-                state.pop("master", None)
-            elif "master" not in state or state["master"].is_floating_point() != (master == "fp32"):
-                state["master"] = _new_master(p, master)
+            self._add_extras(group, p, state)
 
     def _settings(self) -> list[Any]:
         flags = [tuple([group[name] for name in _FLAGS]) for group in self.param_groups]
-        flags += [tuple([group.get(name) for name in _OPTIONS]) for group in self.param_groups]
+        flags += [tuple([group.get(name) for name in _BEYOND_TORCH]) for group in self.param_groups]
+        flags.append((self.param_groups[0].get("max_grad_norm") is None,))
         return [_dispatch._backend, _dispatch._cpu_runner, *flags]
 
     def _still_holds(
         self, planned: _Planned, params: list[Tensor], grads: list[Tensor | None]
     ) -> bool:
         """Whether the plan is right for these tensors; then its tables hold the gradients."""
+        present = cast(list[Tensor], grads)  # at a plan's places none is missing
         return (
             len(params) == len(planned.params)
             and len(self.state) == len(planned.states)
@@ -1030,8 +1060,8 @@ class _Fused(torch.optim.Adam):
             and [steps._version for steps in planned.host_steps] == planned.versions
             and all(
                 plan.take_gradients(
-                    grads if len(grads) == plan.size else [grads[i] for i in places]
-                )  # type: ignore[arg-type]
+                    present if len(grads) == plan.size else [present[i] for i in places]
+                )
                 for plan, places in planned.plans
             )
         )
@@ -1047,20 +1077,33 @@ class _Fused(torch.optim.Adam):
 
     def _make_state(self, group: dict[str, Any], p: Tensor) -> None:
         """What torch would not make: states of another dtype, and master weights."""
-        dtype = group.get("state_dtype")
-        master = group.get("master") if p.dtype in (torch.bfloat16, torch.float16) else None
-        if dtype is None and master is None:
+        if not any(group.get(name) for name in _BEYOND_TORCH):
             return
-        if master == "split" and p.dtype != torch.bfloat16:
-            name = type(self).__name__
-            raise ValueError(f'{name}: master="split" must be used with bfloat16; got {p.dtype}')
         self._init_group({**group, "params": [p]}, *([] for _ in range(6)))
-        state = self.state[p]
+        state, dtype = self.state[p], group.get("state_dtype")
         for name in _STATES[:3]:
             if dtype is not None and name in state:
                 state[name] = state[name].to(dtype)
-        if master is not None:
-            state["master"] = _new_master(p, master)
+        self._add_extras(group, p, state)
+
+    def _add_extras(self, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
+        """Master weights and the average, where the group asks for them and they are missing."""
+        master = group.get("master") if p.dtype in (torch.bfloat16, torch.float16) else None
+        if master == "split" and p.dtype != torch.bfloat16:
+            name = type(self).__name__
+            raise ValueError(f'{name}: master="split" must be used with bfloat16; got {p.dtype}')
+        kind = {"fp32": torch.float32, "split": torch.int16, None: None}[master]
+        if "master" in state and state["master"].dtype != kind:
+            del state["master"]
+        if kind is not None and "master" not in state:
+            whole = kind == torch.float32
+            state["master"] = (
+                p.detach().to(kind, copy=True) if whole else torch.zeros_like(p, dtype=kind)
+            )
+        if group.get("ema_decay") is None:
+            state.pop("ema", None)
+        elif "ema" not in state:
+            state["ema"] = p.detach().to(torch.float32, copy=True)
 
     def _make_plan(self, params: list[Tensor], grads: list[Tensor | None]) -> _Planned:
         rows: dict[torch.device, list[tuple[int, _Row]]] = {}
@@ -1078,14 +1121,14 @@ class _Fused(torch.optim.Adam):
                     row = _Row(
                         p, found_grads[k], m[k], v[k], largest, steps[k], i,
                         group["decoupled_weight_decay"], places[p], self.state[p].get("master"),
-                        group.get("rounding") == "stochastic",
+                        group.get("rounding") == "stochastic", self.state[p].get("ema"),
                     )  # fmt: skip
                     rows.setdefault(p.device, []).append((places[p], row))
-                elif _dispatch._backend == "triton" or any(group.get(o) for o in _PRECISION):
+                elif _dispatch._backend == "triton" or any(group.get(o) for o in _BEYOND_TORCH):
                     name = type(self).__name__
                     asked = 'backend "triton"'
                     if _dispatch._backend != "triton":
-                        asked = next(f"{o}={group[o]!r}" for o in _PRECISION if group.get(o))
+                        asked = next(f"{o}={group[o]!r}" for o in _BEYOND_TORCH if group.get(o))
                     raise RuntimeError(f"{name}: {asked} cannot run this step: {reason}")
                 else:
                     eager[-1].append(p)
@@ -1148,7 +1191,8 @@ class _Fused(torch.optim.Adam):
                     if x.is_cuda:
                         on_device.append((i, j, x))
                     row[j] = 0.0 if x.is_cuda else float(x)
-            row += [-1.0 if group["maximize"] else 1.0, float(group["decoupled_weight_decay"]), 0.0]
+            row += [-1.0 if group["maximize"] else 1.0, float(group["decoupled_weight_decay"])]
+            row.append(group.get("ema_decay") or 0.0)
             numbers.append(row)
         return numbers, on_device
 
@@ -1163,9 +1207,9 @@ class _Fused(torch.optim.Adam):
         lists, has_complex = self._lists(group, params)
         fused, foreach = group["fused"], group["foreach"]
         torch_chooses = fused is False or foreach or group["differentiable"]
-        if not torch_chooses and lists[0] and (fused or not group["capturable"]):
-            if lists[0][0].device.type == "cpu":
-                fused = _all_suit_torch_fused(lists)
+        on_cpu = bool(lists[0]) and lists[0][0].device.type == "cpu"
+        if on_cpu and not torch_chooses and (fused or not group["capturable"]):
+            fused = _all_suit_torch_fused(lists)
         # Clipping leaves the gradients alone, where torch's fused step would write them.
         if group.get("max_grad_norm") is not None or (not fused and not torch_chooses):
             if found_inf is not None and found_inf.item():
@@ -1221,18 +1265,21 @@ class _Fused(torch.optim.Adam):
                 )
 
 
-_PRECISION = ("state_dtype", "master", "rounding")  # what torch's own step cannot do
-_OPTIONS = (*_PRECISION, "seed", "max_grad_norm")
-_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
+_BEYOND_TORCH = (
+    "state_dtype",
+    "master",
+    "rounding",
+    "ema_decay",
+)  # what torch's own step cannot do
+_OPTIONS = (*_BEYOND_TORCH, "seed", "max_grad_norm")
+_STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "ema")
 
 
-def _new_master(p: Tensor, kind: str) -> Tensor:
-    """The parameter in float32, or the 16 bits that it lacks: none."""
-    if kind == "fp32":
-        return p.detach().to(torch.float32, copy=True)
-    return torch.zeros_like(p, dtype=torch.int16)
-
-
+_HEALTH_CHECK = next(  # torch 2.13 renamed it
+    name
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    if hasattr(torch.optim.Optimizer, name)
+)
 _FLAGS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay")
 
 
@@ -1271,6 +1318,8 @@ class Adam(_Fused):
         rounding: "stochastic" rounds bfloat16 parameters to either neighbour at random, without
             bias; the same for the same seed, step, parameter and element. None: to the nearest.
         seed: Of that rounding; default 0.
+        ema_decay: Keeps an average of each weight in float32, ``state[p]["ema"]``, that starts at
+            the weight and moves by ``1 - ema_decay`` of the distance at each step.
 
     Raises:
         ValueError: What torch.optim.Adam raises, in its words; an option outside the above.
@@ -1297,6 +1346,7 @@ class Adam(_Fused):
         master: Literal["fp32", "split"] | None = None,
         rounding: Literal["stochastic"] | None = None,
         seed: int | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         torch.optim.Adam.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach,
@@ -1305,7 +1355,7 @@ class Adam(_Fused):
         )  # fmt: skip
         self._set_options(
             max_grad_norm=max_grad_norm, state_dtype=state_dtype, master=master,
-            rounding=rounding, seed=seed,
+            rounding=rounding, seed=seed, ema_decay=ema_decay,
         )  # fmt: skip
 
 
@@ -1331,6 +1381,7 @@ class AdamW(_Fused, torch.optim.AdamW):
         master: Literal["fp32", "split"] | None = None,
         rounding: Literal["stochastic"] | None = None,
         seed: int | None = None,
+        ema_decay: float | None = None,
     ) -> None:
         torch.optim.AdamW.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach,
@@ -1338,7 +1389,7 @@ class AdamW(_Fused, torch.optim.AdamW):
         )  # fmt: skip
         self._set_options(
             max_grad_norm=max_grad_norm, state_dtype=state_dtype, master=master,
-            rounding=rounding, seed=seed,
+            rounding=rounding, seed=seed, ema_decay=ema_decay,
         )  # fmt: skip
 
 

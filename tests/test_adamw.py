@@ -92,6 +92,26 @@ def test_many_steps_stay_within_the_contract(ours, theirs, dtype, options):
 
 
 @pytest.mark.usefixtures("kernels")
+def test_a_thousand_steps_drift_no_further_from_float64_than_torchs():
+    shape = [(300,)]
+    runs = []
+    for kind, dtype in (
+        (AdamW, torch.float32),
+        (torch.optim.AdamW, torch.float32),
+        (torch.optim.AdamW, torch.float64),
+    ):
+        params = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters(shape)]
+        runs.append((params, kind(params, lr=1e-3, weight_decay=0.1)))
+    noise = torch.randn(1000, 300, generator=torch.Generator().manual_seed(0))
+    for g in noise:
+        for (p,), optimizer in runs:
+            p.grad = g.to(p.dtype) + p.detach()
+            optimizer.step()
+    ours, torchs, exact = (p.detach().double() for (p,), _ in runs)
+    assert (ours - exact).abs().max() <= (torchs - exact).abs().max()
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("ours", "theirs"), PAIRS)
 def test_groups_of_different_settings_share_the_launches(ours, theirs):
     def groups(params):

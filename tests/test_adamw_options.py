@@ -201,7 +201,25 @@ def test_stochastic_rounding_keeps_nan_and_block_sizes_do_not_matter(monkeypatch
     torch.testing.assert_close(once(), got, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+def test_the_average_of_the_weights(dtype):
+    """Of the float32 weights, where there are any."""
+    a = parameters(SHAPES, dtype)
+    master = {"master": "fp32"} if dtype == BF16 else {}
+    optimizer = AdamW(a, lr=0.1, ema_decay=0.9, **master)
+    averages = [p.detach().double() for p in a]
+    for step in range(3):
+        advance(a, optimizer, 1, step)
+        weights = [optimizer.state[p].get("master", p.detach()).double() for p in a]
+        averages = [0.9 * e + 0.1 * w for e, w in zip(averages, weights, strict=True)]
+    for p, want in zip(a, averages, strict=True):
+        assert optimizer.state[p]["ema"].dtype == torch.float32
+        torch.testing.assert_close(optimizer.state[p]["ema"].double(), want, rtol=1e-6, atol=1e-6)
+
+
 MODES = [
+    {"ema_decay": 0.99, "state_dtype": torch.float32, "master": "split"},
     {"state_dtype": torch.float32},
     {"state_dtype": torch.float32, "rounding": "stochastic", "seed": 5},
     {"state_dtype": torch.float32, "master": "split"},
@@ -257,6 +275,7 @@ def test_a_checkpoint_of_torchs_starts_any_mode_and_back(options):
     [
         ({"max_grad_norm": 0.0}, "max_grad_norm must be positive; got 0.0"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm must be positive; got nan"),
+        ({"ema_decay": 1.0}, "ema_decay must be between 0 and 1; got 1.0"),
         ({"master": "half"}, "master must be one of"),
         ({"rounding": "up"}, "rounding must be one of"),
         ({"state_dtype": torch.int8}, "state_dtype must be one of"),
@@ -293,11 +312,16 @@ MACHINE_CODE = [
     (BF16, {"state_dtype": torch.float32, "rounding": "stochastic"}),
     (BF16, {"state_dtype": torch.float32, "master": "split"}),
     (BF16, {"state_dtype": torch.float32, "master": "fp32"}),
+    (torch.float32, {"ema_decay": 0.99}),
+]
+TARGETS = [  # every mode on one target, and three modes on all
+    pytest.param(dtype, options, target, id=f"{dtype}-{options}-{target}")
+    for i, (dtype, options) in enumerate(MACHINE_CODE)
+    for target in (("sm80", "sm90", "sm100", "sm120") if i in (0, 5, 6) else ("sm90",))
 ]
 
 
-@pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "sm120"])
-@pytest.mark.parametrize(("dtype", "options"), MACHINE_CODE, ids=str)
+@pytest.mark.parametrize(("dtype", "options", "target"), TARGETS)
 def test_machine_code(dtype, options, target):
     """No spills, no shared memory in the update, at most 72 registers, wide accesses."""
     params = [torch.nn.Parameter(torch.zeros(10000, dtype=dtype))]
@@ -313,9 +337,7 @@ def test_machine_code(dtype, options, target):
             assert found["shared"] == 0
             assert not any(op.startswith(("DADD", "DMUL", "DFMA")) for op in ops)
             narrow = dtype != torch.float32 and options.get("state_dtype") == torch.float32
-            wide = (
-                2 + (options.get("master") == "fp32")
-                if narrow
-                else 4 + options.get("amsgrad", False)
-            )
+            wide = 2 if narrow else 4
+            wide += sum(o in options for o in ("amsgrad", "ema_decay"))
+            wide += options.get("master") == "fp32"
             assert ops["LDG.E.128"] == wide
