@@ -159,7 +159,7 @@ def _squares_kernel(
     NT, chunks,
     G: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each program sums the squares of every so-manieth chunk of the gradients."""
+    """Sums of squares of the gradients: one a program, chunks dealt out in turn."""
     squares = tl.zeros([BLOCK], tl.float32)
     for c in range(tl.program_id(0), chunks, tl.num_programs(0)):
         tensor = tl.load(chunks_ptr + c * 2).to(tl.int64)
