@@ -100,7 +100,14 @@ def _foreign(tensors: list[Tensor]) -> str | None:
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    return [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    """The tensors among the arguments, and in lists among them."""
+    found = []
+    for arg in (*args, *kwargs.values()):
+        if isinstance(arg, Tensor):
+            found.append(arg)
+        elif isinstance(arg, (list, tuple)):
+            found += [t for t in arg if isinstance(t, Tensor)]
+    return found
 
 
 def _refusal(call: "Dispatched", args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -19,7 +19,8 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(launch)
     def guarded(*args: Any) -> Any:
-        device = next(a.device for a in args if isinstance(a, Tensor))
+        lists = (a if isinstance(a, (list, tuple)) else (a,) for a in args)
+        device = next(t.device for a in lists for t in a if isinstance(t, Tensor))
         if device.index == torch.cuda.current_device():
             return launch(*args)
         with torch.cuda.device(device):

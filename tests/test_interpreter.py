@@ -349,13 +349,11 @@ def test_atomics_are_no_race():
 def test_tensors_behind_a_table_of_addresses():
     tensors = [torch.zeros(20), torch.zeros(20)]
     table = torch.tensor([t.data_ptr() for t in tensors])
-    with pytest.raises(MemoryCheckError, match="out of bounds"), interp_check():
-        _table_kernel[(2,)](table, 20, BLOCK=32)
-    with interp_check(extra=tensors):
+    with interp_check():
         _table_kernel[(2,)](table, 20, BLOCK=32)
     assert all(bool((t == 1).all()) for t in tensors)
-    with pytest.raises(MemoryCheckError, match=r"of extra\[0\]"), interp_check(extra=tensors):
+    with pytest.raises(MemoryCheckError, match="of the table"), interp_check():
         _table_kernel[(2,)](table, 21, BLOCK=32)
     same = torch.tensor([tensors[0].data_ptr()] * 2)
-    with pytest.raises(MemoryCheckError, match="race"), interp_check(extra=tensors):
+    with pytest.raises(MemoryCheckError, match="race"), interp_check():
         _table_kernel[(2,)](same, 20, BLOCK=32)

@@ -51,7 +51,9 @@ def test_command_lines_parse(command):
 
 def test_every_command_is_one_of_these():
     for command in COMMANDS:
-        assert command.startswith(("make ", "fastlm ", "git clone ", "pip install ", "cd ")), command
+        assert command.startswith(("make ", "fastlm ", "git clone ", "pip install ", "cd ")), (
+            command
+        )
 
 
 def test_the_two_commands_are_there():

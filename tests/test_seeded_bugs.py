@@ -14,13 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import test_adamw
 import test_attention_options
 import test_layer_norm
 import test_ops
+import torch
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction
 
-from fastlm.kernels import OPS, _interpreter
+from fastlm.kernels import OPS, AdamW, _interpreter
 
 _serial = itertools.count()
 
@@ -147,8 +149,33 @@ ATTENTION = [
     (DECODE, "splits:_merge_kernel", 'other=float("-inf")', "other=0.0", FLOAT64),
 ]  # fmt: skip
 
+
+def OVERFLOW():
+    test_adamw.test_grad_scaler(overflow=True)
+
+
+def GROUPS():
+    test_adamw.test_groups_of_different_settings_share_the_launches(AdamW, torch.optim.AdamW)
+
+
+ADAMW = [
+    ("_prepare_kernel", "tl.load(found_inf_ptr) == 0.0", "tl.load(found_inf_ptr) != 7.0", OVERFLOW),
+    ("_prepare_kernel", "1.0 / tl.sqrt(bias_correction2)", "1.0 / bias_correction2", FLOAT64),
+    ("_prepare_kernel", "decoupled != 0.0", "decoupled == 7.0", FLOAT64),
+    ("_prepare_kernel", "sign / tl.load", "sign * tl.load", OVERFLOW),
+    ("_prepare_kernel", "NT * _GROUP + offs", "NT * _GROUP + offs * 0", GROUPS),
+    ("_prepare_kernel", "mask = offs < NT", "mask = offs < BLOCK", MEMORY),
+    ("_load", "mask=offs < n", "mask=offs < n + 1", MEMORY),
+    ("_store", "mask=offs < n", "mask=offs <= n", MEMORY),
+    ("_update", "m - c1 * m + c1 * g", "m + c1 * g", FLOAT64),
+    ("_update", "tl.where((vmax >= v) | (vmax != vmax), vmax, v)", "v", FLOAT64),
+    ("_update_kernel", "whole = n // BLOCK * BLOCK", "whole = n // BLOCK", FLOAT64),
+    ("_update_kernel", "tl.load(scalars + _GO) != 0.0", "tl.load(scalars + _GO) >= 0.0", OVERFLOW),
+]
+
 BUGS = [Bug("layer_norm", f"layer_norm:{kernel}", *rest) for kernel, *rest in LAYER_NORM]
 BUGS += [Bug(op, f"attention.{kernel}", *rest) for op, kernel, *rest in ATTENTION]
+BUGS += [Bug("adamw_step", f"adamw:{kernel}", *rest) for kernel, *rest in ADAMW]
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=str)
@@ -158,7 +185,7 @@ def test_the_suite_catches(bug):
         for arguments in cases(bug):
             try:
                 bug.caught_by(**arguments)
-            except (AssertionError, InterpreterError):  # the latter from the memory check
+            except (AssertionError, InterpreterError):
                 return
     pytest.fail(f"no case of {bug.caught_by.__name__} failed")
 
