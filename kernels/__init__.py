@@ -2,13 +2,15 @@
 
 from . import _dispatch, _interpreter
 from . import layer_norm as _layer_norm
+from . import rms_norm as _rms_norm
 from ._dispatch import backend, explain
 from ._op import Op
 from .layer_norm import LayerNorm, layer_norm
+from .rms_norm import RMSNorm, rms_norm
 
 if _dispatch._cpu_runner == "interpreter":
     _interpreter.install()
 
-OPS = {module.OP.name: module.OP for module in (_layer_norm,)}
+OPS = {module.OP.name: module.OP for module in (_layer_norm, _rms_norm)}
 
-__all__ = ["OPS", "LayerNorm", "Op", "backend", "explain", "layer_norm"]
+__all__ = ["OPS", "LayerNorm", "Op", "RMSNorm", "backend", "explain", "layer_norm", "rms_norm"]
