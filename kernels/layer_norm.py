@@ -224,6 +224,7 @@ def _backward_wide_kernel(
 
 # --- launch -------------------------------------------------------------------------------------
 
+
 def _forward_fake(
     input: Tensor,
     shape: Sequence[int],

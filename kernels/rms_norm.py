@@ -52,6 +52,12 @@ def reference(
 
 
 @triton.jit
+def _gain(weight_ptr, cols, mask, weight_offset):
+    """What xhat is multiplied by, in float32."""
+    return weight_offset + tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr, weight_ptr, y_ptr, rstd_ptr,
     stride_xm, M, N, eps, weight_offset,
@@ -70,8 +76,7 @@ def _forward_kernel(
 
     y = x * rstd[:, None]
     if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
-        y *= (weight_offset + weight)[None, :]
+        y *= _gain(weight_ptr, cols, mask_n, weight_offset)[None, :]
 
     tl.store(y_ptr + rows[:, None] * N + cols[None, :], y, mask=mask)
     tl.store(rstd_ptr + rows, rstd, mask=mask_m)
@@ -102,8 +107,7 @@ def _forward_wide_kernel(
         x = tl.load(x_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first")
         y = x.to(tl.float32) * rstd
         if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-            y *= weight_offset + weight
+            y *= _gain(weight_ptr, cols, mask, weight_offset)
         tl.store(y_ptr + cols, y, mask=mask)
 
     tl.store(rstd_ptr + row, rstd)
@@ -114,16 +118,18 @@ def _backward_kernel(
     dy_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_ptr,
     stride_dym, stride_xm, M, N, weight_offset,
     HAS_WEIGHT: tl.constexpr, WANTS_DX: tl.constexpr, WANTS_DWEIGHT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    READS_TWICE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program takes every num_programs-th tile of rows, and sums its part of dweight."""
+    """A program takes every num_programs-th tile of rows, and sums its part of dweight.
+
+    READS_TWICE: dweight alone stays in registers; a row comes again from the cache for its dx.
+    """
     program = tl.program_id(0).to(tl.int64)  # row offsets can pass 2^31
     cols = tl.arange(0, BLOCK_N)
     mask_n = cols < N
 
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
-        weight = (weight_offset + weight)[None, :]
+    if HAS_WEIGHT and not READS_TWICE:
+        weight = _gain(weight_ptr, cols, mask_n, weight_offset)[None, :]
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for tile in range(program, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -133,16 +139,26 @@ def _backward_kernel(
         dy_ptrs = dy_ptr + rows[:, None] * stride_dym + cols[None, :]
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)
-        xhat = x * rstd[:, None]
-
+        rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)[:, None]
         if WANTS_DX:
-            g = dy * weight if HAS_WEIGHT else dy
-            mean_gx = tl.sum(g * xhat, 1) / N
-            dx = rstd[:, None] * (g - xhat * mean_gx[:, None])
+            g = dy
+            if HAS_WEIGHT:
+                if READS_TWICE:
+                    g *= _gain(weight_ptr, cols, mask_n, weight_offset)[None, :]
+                else:
+                    g *= weight
+            mean_gx = tl.sum(g * x, 1)[:, None] * rstd / N
+            if READS_TWICE:
+                tl.debug_barrier()  # past it the compiler cannot know that memory is the same
+                x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+                dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+                g = dy
+                if HAS_WEIGHT:
+                    g *= _gain(weight_ptr, cols, mask_n, weight_offset)[None, :]
+            dx = rstd * (g - x * rstd * mean_gx)
             tl.store(dx_ptr + rows[:, None] * N + cols[None, :], dx, mask=mask)
         if WANTS_DWEIGHT:
-            dweight += dy * xhat
+            dweight += dy * (x * rstd)
 
     if WANTS_DWEIGHT:
         tl.store(dweight_ptr + program * N + cols, tl.sum(dweight, 0), mask=mask_n)
@@ -163,8 +179,7 @@ def _row_means_kernel(
         x = tl.load(x_ptr + row * stride_xm + cols, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(dy_ptr + row * stride_dym + cols, mask=mask, other=0.0).to(tl.float32)
         if HAS_WEIGHT:
-            weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-            g *= weight_offset + weight
+            g *= _gain(weight_ptr, cols, mask, weight_offset)
         sum_gx += g * x
     tl.store(mean_gx_ptr + row, tl.sum(sum_gx) * tl.load(rstd_ptr + row) / N)
 
@@ -182,7 +197,7 @@ def _backward_wide_kernel(
     mask = cols < N
 
     if HAS_WEIGHT:
-        weight = weight_offset + tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        weight = _gain(weight_ptr, cols, mask, weight_offset)
     dweight = tl.zeros([BLOCK_N], tl.float32)
     for row in range(program, M, tl.num_programs(0)):
         x = tl.load(x_ptr + row * stride_xm + cols, mask=mask, other=0.0).to(tl.float32)
@@ -255,11 +270,14 @@ def _backward(
         "WANTS_DX": wants_dx,
         "WANTS_DWEIGHT": wants_dweight,
     }
-    if N <= WIDE_BACKWARD:
+    reads_twice = N > WIDE_BACKWARD
+    if not reads_twice or (N <= 2 * WIDE_BACKWARD and max(x.itemsize, dy.itemsize) == 2):
+        if reads_twice:
+            tile["num_warps"] = 32
         _backward_kernel[(programs,)](
             dy, x, weight, rstd, dx, parts,
             dy.stride(0), x.stride(0), M, N, weight_offset,
-            **flags, **tile,
+            READS_TWICE=reads_twice, **flags, **tile,
         )  # fmt: skip
     else:
         mean_gx = torch.empty_like(rstd)

@@ -112,7 +112,21 @@ LAYER_NORM = [
     ("_row_means_kernel", "g *= tl.load", "g += tl.load", FLOAT64),
 ]
 
+RMS_NORM = [
+    ("_forward_kernel", "tl.sum(x * x, 1) / N", "tl.sum(x * x, 1) / BLOCK_N", FLOAT64),
+    ("_forward_kernel", "rows[:, None] * stride_xm", "rows[:, None] * N", STRIDES),
+    ("_forward_kernel", "y, mask=mask)", "y, mask=mask_n[None, :])", MEMORY),
+    ("_forward_wide_kernel", "squares += x * x", "squares = x * x", FLOAT64),
+    ("_gain", "weight_offset + ", "", FLOAT64),
+    ("_backward_kernel", "[:, None] * rstd / N", "[:, None] / N", FLOAT64),
+    ("_backward_kernel", "g *= weight", "g = weight", FLOAT64),
+    ("_backward_kernel", "dweight += dy", "dweight = dy", FLOAT64),
+    ("_row_means_kernel", "row * stride_dym", "row * stride_xm", STRIDES),
+    ("_backward_wide_kernel", "dx_ptr + row * N", "dx_ptr", FLOAT64),
+]
+
 BUGS = [
+    *(Bug("rms_norm", f"rms_norm:{kernel}", *rest) for kernel, *rest in RMS_NORM),
     *(Bug("layer_norm", f"layer_norm:{kernel}", *rest) for kernel, *rest in LAYER_NORM),
     Bug("layer_norm", "_rows:_sum_parts_kernel", "(rows < P)[:, None] & ", "", MEMORY),
 ]
