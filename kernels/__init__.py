@@ -1,10 +1,12 @@
 """Fused Triton ops with PyTorch's signatures. ``OPS`` lists each beside its eager reference."""
 
 from . import _dispatch, _interpreter
+from . import add_norm as _add_norm
 from . import layer_norm as _layer_norm
 from . import rms_norm as _rms_norm
 from ._dispatch import backend, explain
 from ._op import Op
+from .add_norm import add_layer_norm, add_rms_norm
 from .layer_norm import LayerNorm, layer_norm
 from .rms_norm import RMSNorm, rms_norm
 
@@ -12,5 +14,17 @@ if _dispatch._cpu_runner == "interpreter":
     _interpreter.install()
 
 OPS = {module.OP.name: module.OP for module in (_layer_norm, _rms_norm)}
+OPS |= {op.name: op for op in _add_norm.OPS}
 
-__all__ = ["OPS", "LayerNorm", "Op", "RMSNorm", "backend", "explain", "layer_norm", "rms_norm"]
+__all__ = [
+    "OPS",
+    "LayerNorm",
+    "Op",
+    "RMSNorm",
+    "add_layer_norm",
+    "add_rms_norm",
+    "backend",
+    "explain",
+    "layer_norm",
+    "rms_norm",
+]

@@ -1,0 +1,816 @@
+r"""A residual connection and the norm after it in one pass, for pre-norm blocks.
+
+Forward, for each row, with xhat and the norms as in layer_norm and rms_norm:
+
+    new_residual = dropout(x) + residual, rounded to its dtype        y = norm(new_residual)
+
+Backward, where dnorm(dy) is the norm's dx and dnew_residual the gradient of the stream further on:
+
+    d = dnorm(dy) + dnew_residual        dresidual = d        dx = dropout'(d)
+
+Without dropout the two gradients of one dtype are one tensor. The forward reads x and residual and
+writes y and new_residual; the backward reads dy, new_residual and dnew_residual and writes d: 4 M N
+elements each, where an add and a norm move 5 and 6. Saved for the backward: new_residual, which the
+model holds anyway, 8 bytes a row (4 without a mean), and a seed.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _philox
+from ._dispatch import dispatched
+from ._launch import multiprocessors, rows_of
+from ._op import Inputs, Op
+from ._register import eager_gradients, torch_op
+from ._rows import WIDE, WIDE_BACKWARD, backward_tile, row_tile, sum_parts, uncovered_norm
+from .rms_norm import EPS
+from .rms_norm import reference as rms_norm_reference
+
+Seed = int | Tensor | None
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    eps: float,
+    weight_offset: float,
+    centred: bool,
+) -> Tensor:
+    """The norm in eager PyTorch, in the widest dtype among its tensors."""
+    dtypes = [t.dtype for t in (x, weight, bias) if t is not None]
+    wide = functools.reduce(torch.promote_types, dtypes)
+    x, weight, bias = (None if t is None else t.to(wide) for t in (x, weight, bias))
+    if centred:
+        return F.layer_norm(x, list(shape), weight, bias, eps)
+    return rms_norm_reference(x, shape, weight, eps, weight_offset=weight_offset)
+
+
+def _dropped(x: Tensor, N: int, dropout_p: float, seed: Tensor) -> Tensor:
+    """Dropout over rows of N by the kernels' mask, in eager PyTorch."""
+    keep = _philox.keep_mask(seed, dropout_p, x.numel() // max(N, 1), N).view(x.shape)
+    return torch.where(keep, x * _philox.scale_of(dropout_p), 0.0)
+
+
+def _reference(
+    name: str,
+    x: Tensor,
+    residual: Tensor,
+    shape: Sequence[int],
+    norm: Callable[[Tensor], Tensor],
+    dropout_p: float,
+    seed: Seed,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{name}: residual must have the shape of x, {tuple(x.shape)}; "
+            f"got {tuple(residual.shape)}"
+        )
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"{name}: dropout_p must be in [0, 1]; got {dropout_p}")
+    if dropout_p and seed is None:
+        x = F.dropout(x, dropout_p)
+    elif dropout_p:
+        x = _dropped(x, math.prod(shape), dropout_p, _philox.as_seed(seed, x.device))
+    new_residual = (x + residual).to(dtype or residual.dtype)
+    return norm(new_residual).to(x.dtype), new_residual
+
+
+def layer_reference(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    seed: Seed = None,
+    residual_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dropout, add and layer norm in eager PyTorch."""
+
+    def norm(t: Tensor) -> Tensor:
+        return _norm(t, weight, bias, normalized_shape, eps, 0.0, True)
+
+    return _reference(
+        "add_layer_norm", x, residual, normalized_shape, norm, dropout_p, seed, residual_dtype
+    )
+
+
+def rms_reference(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: Seed = None,
+    residual_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dropout, add and root-mean-square norm in eager PyTorch."""
+
+    def norm(t: Tensor) -> Tensor:
+        chosen = EPS if eps is None else eps
+        return _norm(t, weight, None, normalized_shape, chosen, weight_offset, False)
+
+    return _reference(
+        "add_rms_norm", x, residual, normalized_shape, norm, dropout_p, seed, residual_dtype
+    )
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _kept(seed_ptr, rows, start, N, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which elements of a tile dropout keeps; its columns begin at start, a multiple of 4."""
+    quads = start // 4 + tl.arange(0, BLOCK_N // 4)
+    counters = rows[:, None] * tl.cdiv(N, 4) + quads[None, :]
+    words = _philox.words(tl.load(seed_ptr), counters)
+    return tl.reshape(words, [BLOCK_M, BLOCK_N]) >= threshold
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, new_ptr, mean_ptr, rstd_ptr,
+    stride_xm, stride_rm, M, N, eps, weight_offset, threshold, scale,
+    CENTRED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, DROPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program adds and normalises BLOCK_M whole rows."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    mask_m = rows < M
+    mask_n = cols < N
+    mask = mask_m[:, None] & mask_n[None, :]
+
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + cols[None, :]
+    residual_ptrs = residual_ptr + rows[:, None] * stride_rm + cols[None, :]
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if DROPS:
+        kept = _kept(seed_ptr, rows, 0, N, threshold, BLOCK_M, BLOCK_N)
+        x = tl.where(kept, x * scale, 0.0)
+    new = (x + residual).to(new_ptr.dtype.element_ty)
+    tl.store(new_ptr + rows[:, None] * N + cols[None, :], new, mask=mask)
+
+    y = new.to(tl.float32)  # what the backward will read
+    if CENTRED:
+        mean = tl.sum(y, 1) / N
+        y = tl.where(mask, y - mean[:, None], 0.0)
+        tl.store(mean_ptr + rows, mean, mask=mask_m)
+    rstd = tl.rsqrt(tl.sum(y * y, 1) / N + eps)
+    y *= rstd[:, None]
+    if HAS_WEIGHT:
+        weight = tl.load(weight_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
+        y *= (weight_offset + weight)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y, mask=mask)
+    tl.store(rstd_ptr + rows, rstd, mask=mask_m)
+
+
+@triton.jit
+def _forward_wide_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, new_ptr, mean_ptr, rstd_ptr,
+    stride_xm, stride_rm, N, eps, weight_offset, threshold, scale,
+    CENTRED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, DROPS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program adds and normalises one row, a block of columns at a time."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * stride_xm
+    residual_ptr += row * stride_rm
+    y_ptr += row * N
+    new_ptr += row * N
+
+    # Each block has its own mean and squared deviations; they merge exactly (Chan et al. 1979).
+    mean = 0.0
+    deviations = 0.0
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask = cols < N
+        x = tl.load(x_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first")
+        residual = tl.load(residual_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first")
+        x = x.to(tl.float32)
+        if DROPS:
+            rows = row + tl.arange(0, 1)
+            kept = _kept(seed_ptr, rows, start, N, threshold, 1, BLOCK_N)
+            x = tl.where(tl.reshape(kept, [BLOCK_N]), x * scale, 0.0)
+        new = (x + residual.to(tl.float32)).to(new_ptr.dtype.element_ty)
+        tl.store(new_ptr + cols, new, mask=mask, eviction_policy="evict_last")
+        new = new.to(tl.float32)
+        if CENTRED:
+            size = tl.minimum(N - start, BLOCK_N)
+            block_mean = tl.sum(new) / size
+            new = tl.where(mask, new - block_mean, 0.0)
+            delta = block_mean - mean
+            share = size / (start + size)
+            mean += delta * share
+            deviations += tl.sum(new * new) + delta * delta * share * start
+        else:
+            deviations += tl.sum(new * new)
+    rstd = tl.rsqrt(deviations / N + eps)
+
+    tl.debug_barrier()  # other threads' part of new_residual is read below
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask = cols < N
+        new = tl.load(new_ptr + cols, mask=mask, other=0.0)
+        y = (new.to(tl.float32) - mean) * rstd
+        if HAS_WEIGHT:
+            weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+            y *= weight_offset + weight
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + cols, y, mask=mask)
+
+    if CENTRED:
+        tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr, dnew_ptr, new_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr,
+    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
+    stride_dym, stride_dnm, M, N, weight_offset, threshold, scale,
+    CENTRED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DY: tl.constexpr, HAS_DNEW: tl.constexpr,
+    DROPS: tl.constexpr, WANTS_DX: tl.constexpr, WANTS_DRESIDUAL: tl.constexpr,
+    WANTS_DWEIGHT: tl.constexpr, WANTS_DBIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program takes every num_programs-th tile of rows, and sums its part of the parameters'."""
+    program = tl.program_id(0).to(tl.int64)  # row offsets can pass 2^31
+    cols = tl.arange(0, BLOCK_N)
+    mask_n = cols < N
+
+    if HAS_WEIGHT and HAS_DY:
+        weight = tl.load(weight_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
+        weight = (weight_offset + weight)[None, :]
+    dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for tile in range(program, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = rows < M
+        mask = mask_m[:, None] & mask_n[None, :]
+        offsets = rows[:, None] * N + cols[None, :]
+        d = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if HAS_DY:
+            new = tl.load(new_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            dy_ptrs = dy_ptr + rows[:, None] * stride_dym + cols[None, :]
+            dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+            rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)[:, None]
+            if CENTRED:
+                new -= tl.load(mean_ptr + rows, mask=mask_m, other=0.0)[:, None]
+            xhat = tl.where(mask, new * rstd, 0.0)
+            if WANTS_DX or WANTS_DRESIDUAL:
+                g = dy * weight if HAS_WEIGHT else dy
+                d = g - xhat * (tl.sum(g * xhat, 1) / N)[:, None]
+                if CENTRED:
+                    d -= (tl.sum(g, 1) / N)[:, None]
+                d *= rstd
+            if WANTS_DWEIGHT:
+                dweight += dy * xhat
+            if WANTS_DBIAS:
+                dbias += dy
+        if HAS_DNEW:
+            dnew_ptrs = dnew_ptr + rows[:, None] * stride_dnm + cols[None, :]
+            d += tl.load(dnew_ptrs, mask=mask, other=0.0).to(tl.float32)
+        if WANTS_DRESIDUAL:
+            tl.store(dresidual_ptr + offsets, d, mask=mask)
+        if WANTS_DX:
+            if DROPS:
+                kept = _kept(seed_ptr, rows, 0, N, threshold, BLOCK_M, BLOCK_N)
+                d = tl.where(kept, d * scale, 0.0)
+            tl.store(dx_ptr + offsets, d, mask=mask)
+
+    if WANTS_DWEIGHT:
+        tl.store(dweight_ptr + program * N + cols, tl.sum(dweight, 0), mask=mask_n)
+    if WANTS_DBIAS:
+        tl.store(dbias_ptr + program * N + cols, tl.sum(dbias, 0), mask=mask_n)
+
+
+@triton.jit
+def _row_means_kernel(
+    dy_ptr, new_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_g_ptr, mean_gx_ptr,
+    stride_dym, N, weight_offset,
+    CENTRED: tl.constexpr, HAS_WEIGHT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of one wide row: the means that its gradient needs."""
+    row = tl.program_id(0).to(tl.int64)
+    mean = tl.load(mean_ptr + row) if CENTRED else 0.0
+    sum_g = tl.zeros([BLOCK_N], tl.float32)
+    sum_gx = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask = cols < N
+        new = tl.load(new_ptr + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(dy_ptr + row * stride_dym + cols, mask=mask, other=0.0).to(tl.float32)
+        if HAS_WEIGHT:
+            weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+            g *= weight_offset + weight
+        sum_g += g
+        sum_gx += g * (new - mean)
+    if CENTRED:
+        tl.store(mean_g_ptr + row, tl.sum(sum_g) / N)
+    tl.store(mean_gx_ptr + row, tl.sum(sum_gx) * tl.load(rstd_ptr + row) / N)
+
+
+@triton.jit
+def _backward_wide_kernel(
+    dy_ptr, dnew_ptr, new_ptr, weight_ptr, mean_ptr, rstd_ptr, seed_ptr, mean_g_ptr, mean_gx_ptr,
+    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
+    stride_dym, stride_dnm, M, N, weight_offset, threshold, scale,
+    CENTRED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_DY: tl.constexpr, HAS_DNEW: tl.constexpr,
+    DROPS: tl.constexpr, WANTS_DX: tl.constexpr, WANTS_DRESIDUAL: tl.constexpr,
+    WANTS_DWEIGHT: tl.constexpr, WANTS_DBIAS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """As _backward_kernel over one block of columns, the row means known."""
+    program = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * BLOCK_N
+    cols = first + tl.arange(0, BLOCK_N)
+    mask = cols < N
+
+    if HAS_WEIGHT and HAS_DY:
+        weight = tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32) + weight_offset
+    dweight = tl.zeros([BLOCK_N], tl.float32)
+    dbias = tl.zeros([BLOCK_N], tl.float32)
+    for row in range(program, M, tl.num_programs(0)):
+        d = tl.zeros([BLOCK_N], tl.float32)
+        if HAS_DY:
+            new = tl.load(new_ptr + row * N + cols, mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + row * stride_dym + cols, mask=mask, other=0.0).to(tl.float32)
+            rstd = tl.load(rstd_ptr + row)
+            if CENTRED:
+                new -= tl.load(mean_ptr + row)
+            xhat = new * rstd
+            if WANTS_DX or WANTS_DRESIDUAL:
+                g = dy * weight if HAS_WEIGHT else dy
+                d = g - xhat * tl.load(mean_gx_ptr + row)
+                if CENTRED:
+                    d -= tl.load(mean_g_ptr + row)
+                d *= rstd
+            if WANTS_DWEIGHT:
+                dweight += dy * xhat
+            if WANTS_DBIAS:
+                dbias += dy
+        if HAS_DNEW:
+            d += tl.load(dnew_ptr + row * stride_dnm + cols, mask=mask, other=0.0).to(tl.float32)
+        if WANTS_DRESIDUAL:
+            tl.store(dresidual_ptr + row * N + cols, d, mask=mask)
+        if WANTS_DX:
+            if DROPS:
+                kept = _kept(seed_ptr, row + tl.arange(0, 1), first, N, threshold, 1, BLOCK_N)
+                d = tl.where(tl.reshape(kept, [BLOCK_N]), d * scale, 0.0)
+            tl.store(dx_ptr + row * N + cols, d, mask=mask)
+
+    if WANTS_DWEIGHT:
+        tl.store(dweight_ptr + program * N + cols, dweight, mask=mask)
+    if WANTS_DBIAS:
+        tl.store(dbias_ptr + program * N + cols, dbias, mask=mask)
+
+
+# --- launch -------------------------------------------------------------------------------------
+
+
+def _forward_fake(
+    x: Tensor,
+    residual: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    dropout_p: float,
+    dtype: torch.dtype,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rstd = x.new_empty(x.shape[: x.dim() - len(shape)], dtype=torch.float32)
+    mean = torch.empty_like(rstd) if centred else rstd.new_empty(0)
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), mean, rstd
+
+
+def _backward_fake(
+    dy: Tensor | None,
+    dnew: Tensor | None,
+    new: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    weight_offset: float,
+    dropout_p: float,
+    centred: bool,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def like(t: Tensor | None, dtype: torch.dtype, wants: bool) -> Tensor:
+        return new.new_empty(t.shape if t is not None and wants else 0, dtype=dtype)
+
+    return (
+        like(new, x_dtype, wanted[0]),
+        like(new, residual_dtype, wanted[1]),
+        like(weight, new.dtype if weight is None else weight.dtype, wanted[2]),
+        like(bias, new.dtype if bias is None else bias.dtype, wanted[3]),
+    )
+
+
+@torch_op("add_norm_backward", fake=_backward_fake)
+def _backward(
+    dy: Tensor | None,
+    dnew: Tensor | None,
+    new: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    weight_offset: float,
+    dropout_p: float,
+    centred: bool,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dresidual, dweight, dbias = _backward_fake(
+        dy, dnew, new, shape, weight, bias, mean, rstd, seed,
+        weight_offset, dropout_p, centred, x_dtype, residual_dtype, wanted,
+    )  # fmt: skip
+    M, N = rstd.numel(), math.prod(shape)
+    if M == 0 or N == 0:
+        return dx.zero_(), dresidual.zero_(), dweight.zero_(), dbias.zero_()
+    dy, dnew = (None if t is None else rows_of(t, N) for t in (dy, dnew))
+    tile, per_multiprocessor = backward_tile(max(N, 4))
+    programs = triton.cdiv(M, tile["BLOCK_M"])
+    programs = min(programs, per_multiprocessor * multiprocessors(new.device))
+    parts = [
+        new.new_empty(programs, N, dtype=torch.float32) if wants else None for wants in wanted[2:]
+    ]
+    flags = {
+        "CENTRED": centred, "HAS_WEIGHT": weight is not None,
+        "HAS_DY": dy is not None, "HAS_DNEW": dnew is not None, "DROPS": seed is not None,
+        "WANTS_DX": wanted[0], "WANTS_DRESIDUAL": wanted[1],
+        "WANTS_DWEIGHT": wanted[2], "WANTS_DBIAS": wanted[3],
+    }  # fmt: skip
+    stride_dym, stride_dnm = (0 if t is None else t.stride(0) for t in (dy, dnew))
+    dropout = (_philox.threshold_of(dropout_p), _philox.scale_of(dropout_p))
+    if N <= WIDE_BACKWARD:
+        _backward_kernel[(programs,)](
+            dy, dnew, new, weight, mean, rstd, seed,
+            dx, dresidual, *parts,
+            stride_dym, stride_dnm, M, N, weight_offset, *dropout,
+            **flags, **tile,
+        )  # fmt: skip
+    else:
+        mean_g, mean_gx = torch.empty_like(mean), torch.empty_like(rstd)
+        if dy is not None and (wanted[0] or wanted[1]):
+            _row_means_kernel[(M,)](
+                dy, new, weight, mean, rstd, mean_g, mean_gx,
+                stride_dym, N, weight_offset,
+                CENTRED=centred, HAS_WEIGHT=weight is not None, BLOCK_N=4096, num_warps=8,
+            )  # fmt: skip
+        _backward_wide_kernel[(programs, triton.cdiv(N, 2048))](
+            dy, dnew, new, weight, mean, rstd, seed, mean_g, mean_gx,
+            dx, dresidual, *parts,
+            stride_dym, stride_dnm, M, N, weight_offset, *dropout,
+            **flags, BLOCK_N=2048, num_warps=8,
+        )  # fmt: skip
+    if wanted[2] or wanted[3]:
+        sum_parts(parts[0], parts[1], dweight if wanted[2] else None, dbias if wanted[3] else None)
+    return dx, dresidual, dweight, dbias
+
+
+def _save(ctx, inputs, output):
+    x, residual, ctx.shape, weight, bias, seed, ctx.eps, *ctx.rest, _, ctx.centred = inputs
+    ctx.dtypes = [x.dtype, residual.dtype]
+    ctx.set_materialize_grads(False)  # an output that nobody used has None, and costs nothing
+    ctx.save_for_backward(weight, bias, seed, *output[1:])
+
+
+def _eager_gradients(ctx, dy, dnew, weight, bias, seed, new):
+    """Of x, residual, weight and bias, for create_graph=True: new leads back to x and residual."""
+    weight_offset, dropout_p = ctx.rest
+    d, dweight, dbias = dnew, None, None
+    if dy is not None:
+
+        def norm(new: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            y = _norm(new, weight, bias, ctx.shape, ctx.eps, weight_offset, ctx.centred)
+            return y.to(ctx.dtypes[0])
+
+        d, dweight, dbias = eager_gradients(norm, (new, weight, bias), (dy,))
+        d = d if dnew is None else d + dnew
+    dx = d if seed is None else _dropped(d, math.prod(ctx.shape), dropout_p, seed)
+    return dx.to(ctx.dtypes[0]), d.to(ctx.dtypes[1]), dweight, dbias
+
+
+def _kernel_gradients(ctx, dy, dnew, weight, bias, seed, new, mean, rstd):
+    """Of x, residual, weight and bias."""
+    x, residual, *parameters = (ctx.needs_input_grad[i] for i in (0, 1, 3, 4))
+    if dy is None and seed is None:
+        return dnew.to(ctx.dtypes[0]), dnew.to(ctx.dtypes[1]), None, None
+    one = seed is None and ctx.dtypes[0] == ctx.dtypes[1]
+    wanted = [
+        x and not one,
+        residual or (x and one),
+        *(wants and dy is not None for wants in parameters),
+    ]
+    found = _backward(
+        dy, dnew, new, ctx.shape, weight, bias, mean, rstd, seed,
+        *ctx.rest, ctx.centred, *ctx.dtypes, wanted,
+    )  # fmt: skip
+    dx, dresidual, dweight, dbias = (g if w else None for g, w in zip(found, wanted, strict=True))
+    return dresidual if one else dx, dresidual, dweight, dbias
+
+
+def _gradients(ctx, dy, dnew, _dmean, _drstd):
+    weight, bias, seed, new, mean, rstd = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        grads = _eager_gradients(ctx, dy, dnew, weight, bias, seed, new)
+    else:
+        grads = _kernel_gradients(ctx, dy, dnew, weight, bias, seed, new, mean, rstd)
+    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4)]
+    dx, dresidual, dweight, dbias = (g if w else None for g, w in zip(grads, wanted, strict=True))
+    return dx, dresidual, None, dweight, dbias, *[None] * 6
+
+
+@torch_op("add_norm", fake=_forward_fake, setup_context=_save, backward=_gradients)
+def _forward(
+    x: Tensor,
+    residual: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    dropout_p: float,
+    dtype: torch.dtype,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, new, mean, rstd = _forward_fake(
+        x, residual, shape, weight, bias, seed, eps, weight_offset, dropout_p, dtype, centred
+    )
+    M, N = rstd.numel(), math.prod(shape)
+    if M == 0 or N == 0:
+        return y, new, mean, rstd
+    x, residual = rows_of(x, N), rows_of(residual, N)
+    flags = {
+        "CENTRED": centred, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None,
+        "DROPS": seed is not None,
+    }  # fmt: skip
+    dropout = (_philox.threshold_of(dropout_p), _philox.scale_of(dropout_p))
+    if N <= WIDE:
+        tile = row_tile(max(N, 4))
+        _forward_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](
+            x, residual, weight, bias, seed, y, new, mean, rstd,
+            x.stride(0), residual.stride(0), M, N, eps, weight_offset, *dropout,
+            **flags, **tile,
+        )  # fmt: skip
+    else:
+        _forward_wide_kernel[(M,)](
+            x, residual, weight, bias, seed, y, new, mean, rstd,
+            x.stride(0), residual.stride(0), N, eps, weight_offset, *dropout,
+            **flags, BLOCK_N=4096, num_warps=8,
+        )  # fmt: skip
+    return y, new, mean, rstd
+
+
+# --- public -------------------------------------------------------------------------------------
+
+
+def _uncovered(
+    dtypes: Sequence[torch.dtype],
+    x: Tensor,
+    residual: Tensor,
+    shape: Sequence[int],
+    dropout_p: float,
+    residual_dtype: torch.dtype | None,
+    **parameters: Tensor | None,
+) -> str | None:
+    if residual.shape != x.shape:
+        return f"residual has shape {tuple(residual.shape)}, not {tuple(x.shape)}"
+    if residual.dtype not in dtypes or (residual_dtype or x.dtype) not in dtypes:
+        return f"residual is {residual.dtype}, new_residual {residual_dtype or residual.dtype}"
+    if residual.device != x.device:
+        return f"residual is on {residual.device} and x on {x.device}"
+    if not 0 <= dropout_p <= 1:
+        return f"dropout_p is {dropout_p}"
+    return uncovered_norm(dtypes, shape, x, **parameters)
+
+
+def _fused(
+    x: Tensor,
+    residual: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    dropout_p: float,
+    seed: Seed,
+    dtype: torch.dtype | None,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y, new_residual, _, _ = _forward(
+        x, residual, list(shape), weight, bias,
+        _philox.as_seed(seed, x.device) if dropout_p else None,
+        float(eps), float(weight_offset), float(dropout_p), dtype or residual.dtype, centred,
+    )  # fmt: skip
+    return y, new_residual
+
+
+def _layer_uncovered(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    seed: Seed = None,
+    residual_dtype: torch.dtype | None = None,
+) -> str | None:
+    return _uncovered(
+        OPS[0].dtypes, x, residual, normalized_shape, dropout_p, residual_dtype,
+        weight=weight, bias=bias,
+    )  # fmt: skip
+
+
+@dispatched(eager=layer_reference, uncovered=_layer_uncovered)
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    seed: Seed = None,
+    residual_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``new_residual = dropout(x) + residual`` and ``y = layer_norm(new_residual)`` in one pass.
+
+    Args:
+        x: (..., *normalized_shape) float32, float16 or bfloat16: a branch's output; any strides.
+        residual: The shape of ``x``, any of the dtypes: the residual stream.
+        normalized_shape: The trailing dimensions that share a mean and a variance.
+        weight: ``normalized_shape``, any of the dtypes; None multiplies by 1.
+        bias: ``normalized_shape``, any of the dtypes; None adds 0.
+        eps: Added to the variance.
+        dropout_p: Probability that an element of ``x`` is dropped. There is no training flag.
+        seed: An int, or an int64 tensor of one element; the same seed drops the same elements.
+            None draws one from PyTorch's generator, which activation checkpointing replays.
+        residual_dtype: Of ``new_residual``; default that of ``residual``.
+
+    Returns:
+        ``y`` in the dtype of ``x``, and ``new_residual``. ``y`` is the norm of ``new_residual`` as
+        rounded. Statistics are float32, gradients the same to the bit from run to run.
+
+    Raises:
+        ValueError: ``residual`` is not of the shape of ``x``, or ``dropout_p`` outside [0, 1].
+        RuntimeError: What ``F.layer_norm`` raises, for shapes that do not fit.
+    """
+    return _fused(
+        x, residual, normalized_shape, weight, bias, eps, 0.0,
+        dropout_p, seed, residual_dtype, centred=True,
+    )  # fmt: skip
+
+
+def _rms_uncovered(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: Seed = None,
+    residual_dtype: torch.dtype | None = None,
+) -> str | None:
+    return _uncovered(
+        OPS[1].dtypes, x, residual, normalized_shape, dropout_p, residual_dtype, weight=weight
+    )
+
+
+@dispatched(eager=rms_reference, uncovered=_rms_uncovered)
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    weight_offset: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: Seed = None,
+    residual_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``new_residual = dropout(x) + residual`` and ``y = rms_norm(new_residual)`` in one pass.
+
+    Args:
+        x: (..., *normalized_shape) float32, float16 or bfloat16: a branch's output; any strides.
+        residual: The shape of ``x``, any of the dtypes: the residual stream.
+        normalized_shape: The trailing dimensions that share a mean square.
+        weight: ``normalized_shape``, any of the dtypes; None multiplies by 1.
+        eps: Added to the mean square; None is float32's epsilon.
+        weight_offset: Added to ``weight`` in float32.
+        dropout_p: As in ``add_layer_norm``.
+        seed: As in ``add_layer_norm``.
+        residual_dtype: Of ``new_residual``; default that of ``residual``.
+
+    Returns:
+        ``y`` in the dtype of ``x``, and ``new_residual``, as ``add_layer_norm``.
+
+    Raises:
+        ValueError: ``residual`` is not of the shape of ``x``, or ``dropout_p`` outside [0, 1].
+        RuntimeError: What ``F.rms_norm`` raises, for shapes that do not fit.
+    """
+    return _fused(
+        x, residual, normalized_shape, weight, None, EPS if eps is None else eps, weight_offset,
+        dropout_p, seed, residual_dtype, centred=False,
+    )  # fmt: skip
+
+
+# --- declaration --------------------------------------------------------------------------------
+
+
+def _example(
+    dtype: torch.dtype,
+    device: torch.device,
+    M: int,
+    N: int,
+    names: Sequence[str],
+    residual: torch.dtype | None = None,
+    **more: float,
+) -> Inputs:
+    x = torch.randn(M, N, dtype=dtype, device=device)
+    stream = 3 * torch.randn(M, N, dtype=residual or dtype, device=device) + 1
+    inputs: Inputs = {"x": x.requires_grad_(), "residual": stream.requires_grad_()}
+    inputs["normalized_shape"] = (N,)
+    for name in names:
+        inputs[name] = torch.randn(N, dtype=dtype, device=device).requires_grad_()
+    return inputs | more
+
+
+def _work(x: Tensor, residual: Tensor, **more: object) -> tuple[int, int]:
+    """Reads x and residual, writes y and new_residual."""
+    dtype = more.get("residual_dtype") or residual.dtype
+    parameters = sum(t.nbytes for t in more.values() if isinstance(t, Tensor))
+    new_bytes = x.numel() * dtype.itemsize  # type: ignore[attr-defined]
+    return 2 * x.nbytes + residual.nbytes + new_bytes + parameters, 9 * x.numel()
+
+
+_SIZES: Sequence[dict[str, object]] = (
+    {"M": 1, "N": 1, "dropout_p": 0.5, "seed": 1},
+    {"M": 13, "N": 1000, "dropout_p": 0.25, "seed": 2**40 + 7},
+    {"M": 37, "N": 66, "residual": torch.float32},
+    {"M": 2, "N": 8200},
+    {"M": 2, "N": 16402, "dropout_p": 0.1, "seed": 3},
+)
+_BENCH_SIZES = (
+    *({"M": 8192, "N": 2**k} for k in range(10, 15)),
+    {"M": 8192, "N": 4096, "dropout_p": 0.1, "seed": 1},
+    {"M": 2048, "N": 65536},
+)
+
+OPS = (
+    Op(
+        fused=add_layer_norm,
+        reference=layer_reference,
+        example=functools.partial(_example, names=("weight", "bias")),
+        sizes=_SIZES,
+        bench_sizes=_BENCH_SIZES,
+        work=_work,
+    ),
+    Op(
+        fused=add_rms_norm,
+        reference=rms_reference,
+        example=functools.partial(_example, names=("weight",), eps=1e-6),
+        sizes=_SIZES,
+        bench_sizes=_BENCH_SIZES,
+        work=_work,
+    ),
+)
