@@ -65,7 +65,7 @@ def sum_parts(
     dweight: Tensor | None,
     dbias: Tensor | None,
 ) -> None:
-    """Writes into ``dweight`` and ``dbias``, where given, the sums of their (P, N) float32 parts."""
+    """Writes the sums of (P, N) float32 parts into ``dweight`` and ``dbias``, where given."""
     parts = dbias_parts if dweight_parts is None else dweight_parts
     assert parts is not None
     P, N = parts.shape

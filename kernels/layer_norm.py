@@ -301,7 +301,7 @@ def _backward(
             BLOCK_N=2048, num_warps=8,
         )  # fmt: skip
     if wants_parameters:
-        sum_parts(*parts, dweight if wanted[1] else None, dbias if wanted[2] else None)
+        sum_parts(parts[0], parts[1], dweight if wanted[1] else None, dbias if wanted[2] else None)
     return dx, dweight, dbias
 
 

@@ -414,7 +414,7 @@ class RMSNorm(nn.RMSNorm):
         weight_offset: float = 0.0,
     ) -> None:
         self.weight_offset = weight_offset
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)  # type: ignore[arg-type]
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
 
     def reset_parameters(self) -> None:
         """Makes the module multiply by 1."""
