@@ -271,20 +271,40 @@ def _row_means_kernel(
 
 
 @triton.jit
-def _norm_gradient(g, xhat, rstd, mean_g_ptr, mean_gx_ptr, rows, mask_m, N, CENTRED: tl.constexpr):
-    """The norm's dx of a tile: of whole rows, or of columns of rows whose means are known."""
+def _rows(dy_ptr, new_ptr, mean_ptr, rstd_ptr, stride_dym, rows, cols, M, N, CENTRED: tl.constexpr):
+    """Of a tile: dy, xhat and rstd."""
+    mask_m = rows < M
+    mask = mask_m[:, None] & (cols < N)[None, :]
+    new_ptrs = new_ptr + rows[:, None] * N + cols[None, :]
+    dy_ptrs = dy_ptr + rows[:, None] * stride_dym + cols[None, :]
+    new = tl.load(new_ptrs, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)[:, None]
+    if CENTRED:
+        new -= tl.load(mean_ptr + rows, mask=mask_m, other=0.0)[:, None]
+    return dy, tl.where(mask, new * rstd, 0.0), rstd
+
+
+@triton.jit
+def _means(g, xhat, mean_g_ptr, mean_gx_ptr, rows, M, N, CENTRED: tl.constexpr):
+    """Of a tile's rows: the means that their gradient needs, given where a tile is only a part."""
+    mean_g = tl.zeros_like(rows).to(tl.float32)
     if mean_gx_ptr is None:
         mean_gx = tl.sum(g * xhat, 1) / N
-    else:
-        mean_gx = tl.load(mean_gx_ptr + rows, mask=mask_m, other=0.0)
-    d = g - xhat * mean_gx[:, None]
-    if CENTRED:
-        if mean_g_ptr is None:
+        if CENTRED:
             mean_g = tl.sum(g, 1) / N
-        else:
-            mean_g = tl.load(mean_g_ptr + rows, mask=mask_m, other=0.0)
-        d -= mean_g[:, None]
-    return d * rstd
+    else:
+        mean_gx = tl.load(mean_gx_ptr + rows, mask=rows < M, other=0.0)
+        if CENTRED:
+            mean_g = tl.load(mean_g_ptr + rows, mask=rows < M, other=0.0)
+    return mean_g[:, None], mean_gx[:, None]
+
+
+@triton.jit
+def _gain(weight_ptr, cols, N, weight_offset, BLOCK_N: tl.constexpr):
+    """What xhat is multiplied by, as one row."""
+    ones = tl.full([1, BLOCK_N], 1, tl.float32)
+    return _affine(ones, weight_ptr, None, cols, cols < N, weight_offset)
 
 
 @triton.jit
@@ -299,39 +319,44 @@ def _backward_kernel(
     dy_ptr, dnew_ptr, new_ptr, weight_ptr, mean_ptr, rstd_ptr, mean_g_ptr, mean_gx_ptr, seed_ptr,
     dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
     stride_dym, stride_dnm, M, N, weight_offset, threshold, scale,
-    CENTRED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CENTRED: tl.constexpr, READS_TWICE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A program takes every num_programs-th tile of rows, and sums its part of the parameters'.
 
     A tile is whole rows, or one block of their columns where the row means are given.
+    READS_TWICE: only the sums stay in registers; a row comes again from the cache for its gradient.
     """
     program = tl.program_id(0).to(tl.int64)  # row offsets can pass 2^31
     start = tl.program_id(1) * BLOCK_N
     cols = start + tl.arange(0, BLOCK_N)
     mask_n = cols < N
 
-    gain = _affine(
-        tl.full([1, BLOCK_N], 1, tl.float32), weight_ptr, None, cols, mask_n, weight_offset
-    )
+    if not READS_TWICE:
+        gain = _gain(weight_ptr, cols, N, weight_offset, BLOCK_N)
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for tile in range(program, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = rows < M
-        mask = mask_m[:, None] & mask_n[None, :]
+        mask = (rows < M)[:, None] & mask_n[None, :]
         offsets = rows[:, None] * N + cols[None, :]
         d = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if dy_ptr is not None:
-            new = tl.load(new_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            dy_ptrs = dy_ptr + rows[:, None] * stride_dym + cols[None, :]
-            dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)
-            rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)[:, None]
-            if CENTRED:
-                new -= tl.load(mean_ptr + rows, mask=mask_m, other=0.0)[:, None]
-            xhat = tl.where(mask, new * rstd, 0.0)
-            d = _norm_gradient(
-                dy * gain, xhat, rstd, mean_g_ptr, mean_gx_ptr, rows, mask_m, N, CENTRED
+            dy, xhat, rstd = _rows(
+                dy_ptr, new_ptr, mean_ptr, rstd_ptr, stride_dym, rows, cols, M, N, CENTRED
             )
+            if READS_TWICE:
+                g = dy * _gain(weight_ptr, cols, N, weight_offset, BLOCK_N)
+            else:
+                g = dy * gain
+            mean_g, mean_gx = _means(g, xhat, mean_g_ptr, mean_gx_ptr, rows, M, N, CENTRED)
+            if READS_TWICE:
+                tl.debug_barrier()  # past it the compiler cannot know that memory is the same
+                dy, xhat, rstd = _rows(
+                    dy_ptr, new_ptr, mean_ptr, rstd_ptr, stride_dym, rows, cols, M, N, CENTRED
+                )
+                g = dy * _gain(weight_ptr, cols, N, weight_offset, BLOCK_N)
+            d = rstd * (g - mean_g - xhat * mean_gx)
             dweight += dy * xhat
             dbias += dy
         if dnew_ptr is not None:
@@ -348,6 +373,24 @@ def _backward_kernel(
 
 
 # --- launch -------------------------------------------------------------------------------------
+
+
+def _backward_tile(N: int, centred: bool, heavy: bool) -> tuple[dict[str, Any], int, bool]:
+    """A tile, programs a multiprocessor, and whether a tile is whole rows: what does not spill.
+
+    Heavy: dropout, or a float32 among the tensors. The widths were found by compiling (Triton
+    3.7.1, sm_80 to sm_120).
+    """
+    tile, per_multiprocessor = backward_tile(max(N, 4))
+    if heavy:
+        tile["BLOCK_M"] = max(1, tile["BLOCK_M"] // 2)
+    once = (WIDE_BACKWARD // 2 if heavy else WIDE_BACKWARD) >= N
+    twice = not (once or centred) and (WIDE_BACKWARD if heavy else 2 * WIDE_BACKWARD) >= N
+    if not (once or twice):
+        tile = {"BLOCK_M": 1, "BLOCK_N": 2048, "num_warps": 8}
+    elif N > WIDE_BACKWARD:
+        tile["num_warps"] = 32
+    return tile | {"READS_TWICE": twice}, per_multiprocessor, once or twice
 
 
 def _forward_fake(
@@ -422,7 +465,8 @@ def _backward(
     if M == 0 or N == 0:
         return dx.zero_(), dresidual.zero_(), dweight.zero_(), dbias.zero_()
     dy, dnew = (None if t is None else rows_of(t, N) for t in (dy, dnew))
-    tile, per_multiprocessor = backward_tile(max(N, 4))
+    heavy = seed is not None or any(t.itemsize == 4 for t in (dy, dnew, new) if t is not None)
+    tile, per_multiprocessor, whole_rows = _backward_tile(N, centred, heavy)
     programs = triton.cdiv(M, tile["BLOCK_M"])
     programs = min(programs, per_multiprocessor * multiprocessors(new.device))
     parts = [
@@ -431,18 +475,15 @@ def _backward(
     outputs = [t if wants else None for t, wants in zip((dx, dresidual), wanted[:2], strict=True)]
     stride_dym, stride_dnm = (0 if t is None else t.stride(0) for t in (dy, dnew))
     means: list[Tensor | None] = [None, None]
-    blocks = 1
-    if N > WIDE_BACKWARD:
-        tile = {"BLOCK_M": 1, "BLOCK_N": 2048, "num_warps": 8}
-        blocks = triton.cdiv(N, 2048)
+    if not whole_rows:
         means = [torch.empty_like(mean), torch.empty_like(rstd)]
         if dy is not None and any(wanted[:2]):
             _row_means_kernel[(M,)](
                 dy, new, weight, mean, rstd, *means,
                 stride_dym, N, weight_offset,
-                CENTRED=centred, BLOCK_N=4096, num_warps=8,
+                CENTRED=centred, BLOCK_N=4096, num_warps=16,
             )  # fmt: skip
-    _backward_kernel[(programs, blocks)](
+    _backward_kernel[(programs, triton.cdiv(N, tile["BLOCK_N"]))](
         dy, dnew, new, weight, mean, rstd, *means, seed,
         *outputs, *parts,
         stride_dym, stride_dnm, M, N, weight_offset,
@@ -760,7 +801,7 @@ OPS = (
         fused=add_rms_norm,
         reference=rms_reference,
         example=functools.partial(_example, names=("weight",), eps=1e-6),
-        sizes=_SIZES[1:],
+        sizes=(*_SIZES[1:3], {"M": 1, "N": 8200}),
         bench_sizes=_BENCH_SIZES,
         work=_work,
     ),

@@ -463,7 +463,7 @@ OP = Op(
         {"M": 3, "N": 129, "weight": False},
         {"M": 4, "N": 768, "weight": torch.float32},
         {"M": 2, "N": 8200},
-        {"M": 3, "N": 16400},
+        {"M": 1, "N": 16400},
     ),
     bench_sizes=(
         {"M": 2**20, "N": 128},  # the heads of queries
