@@ -46,10 +46,8 @@ def _product(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
     return product >> 32 & _WORD, product & _WORD
 
 
-def keep_mask(seed: Tensor, dropout_p: float, M: int, N: int) -> Tensor:
-    """The (M, N) elements that the kernels keep, by the same Philox in int64 arithmetic."""
-    quads = triton.cdiv(N, 4)
-    counters = torch.arange(M * quads, device=seed.device)
+def words_of(seed: Tensor, counters: Tensor) -> Tensor:
+    """The kernels' words, unsigned, by the same Philox in int64 arithmetic: (..., 4)."""
     c0, c1 = counters & _WORD, counters >> 32
     c2 = c3 = torch.zeros_like(counters)
     k0, k1 = seed & _WORD, seed >> 32 & _WORD
@@ -58,5 +56,11 @@ def keep_mask(seed: Tensor, dropout_p: float, M: int, N: int) -> Tensor:
         high_b, low_b = _product(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
-    drawn = torch.stack((c0, c1, c2, c3), -1).view(M, 4 * quads)[:, :N]
+    return torch.stack((c0, c1, c2, c3), -1)
+
+
+def keep_mask(seed: Tensor, dropout_p: float, M: int, N: int) -> Tensor:
+    """The (M, N) elements that the kernels keep."""
+    quads = triton.cdiv(N, 4)
+    drawn = words_of(seed, torch.arange(M * quads, device=seed.device)).view(M, 4 * quads)[:, :N]
     return (drawn ^ 2**31) >= threshold_of(dropout_p) + 2**31

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import test_add_norm
 import test_layer_norm
 import test_ops
 from triton.runtime.errors import InterpreterError
@@ -90,6 +91,8 @@ def cases(bug: Bug):
 FLOAT64 = test_ops.test_matches_float64_by_the_contract
 MEMORY = test_ops.test_reads_and_writes_only_its_tensors
 STRIDES = test_ops.test_any_strides_give_the_same_answer
+OWN_STRIDES = test_add_norm.test_each_tensor_has_its_own_strides
+WIDE_DROPOUT = test_add_norm.test_dropout_of_narrow_and_of_wide_rows
 LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
 
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
@@ -125,7 +128,28 @@ RMS_NORM = [
     ("_backward_wide_kernel", "dx_ptr + row * N", "dx_ptr", FLOAT64),
 ]
 
+ADD_LAYER_NORM = [
+    ("_dropout", "x * scale", "x", FLOAT64),
+    ("_dropout", "words >= threshold", "words > threshold + threshold", FLOAT64),
+    ("_dropout", "start // 4 + ", "", WIDE_DROPOUT),
+    ("_forward_kernel", "tl.where(mask, new - mean[:, None], 0.0)", "new - mean[:, None]", FLOAT64),
+    ("_forward_kernel", "rows[:, None] * stride_rm", "rows[:, None] * stride_xm", OWN_STRIDES),
+    ("_forward_wide_kernel", "delta * delta * share * start", "0.0", FLOAT64),
+    ("_means", "mean_g = tl.sum(g, 1) / N", "mean_g = tl.sum(g * xhat, 1) / N", FLOAT64),
+    ("_row_means_kernel", "tl.load(rstd_ptr + row) / N", "1.0 / N", FLOAT64),
+    ("_backward_kernel", "d += tl.load(dnew_ptrs", "d = tl.load(dnew_ptrs", FLOAT64),
+    ("_backward_kernel", "rows[:, None] * stride_dnm", "rows[:, None] * stride_dym", OWN_STRIDES),
+    ("_store_part", "part_ptr + program * N", "part_ptr", MEMORY),
+]
+ADD_RMS_NORM = [
+    ("_forward_kernel", "tl.rsqrt(tl.sum(new * new, 1) / N + eps)", "tl.rsqrt(eps)", FLOAT64),
+    ("_forward_wide_kernel", "deviations += tl.sum(new * new)", "deviations = eps", WIDE_DROPOUT),
+    ("_means", "mean_gx = tl.sum(g * xhat, 1) / N", "mean_gx = tl.sum(g, 1) / N", FLOAT64),
+]
+
 BUGS = [
+    *(Bug("add_layer_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_LAYER_NORM),
+    *(Bug("add_rms_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_RMS_NORM),
     *(Bug("rms_norm", f"rms_norm:{kernel}", *rest) for kernel, *rest in RMS_NORM),
     *(Bug("layer_norm", f"layer_norm:{kernel}", *rest) for kernel, *rest in LAYER_NORM),
     Bug("layer_norm", "_rows:_sum_parts_kernel", "(rows < P)[:, None] & ", "", MEMORY),
