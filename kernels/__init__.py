@@ -4,17 +4,19 @@ from . import _dispatch, _interpreter
 from . import add_norm as _add_norm
 from . import layer_norm as _layer_norm
 from . import rms_norm as _rms_norm
+from . import softmax as _softmax
 from ._dispatch import backend, explain
 from ._op import Op
 from .add_norm import add_layer_norm, add_rms_norm
 from .layer_norm import LayerNorm, layer_norm
 from .rms_norm import RMSNorm, rms_norm
+from .softmax import log_softmax, softmax
 
 if _dispatch._cpu_runner == "interpreter":
     _interpreter.install()
 
 OPS = {module.OP.name: module.OP for module in (_layer_norm, _rms_norm)}
-OPS |= {op.name: op for op in _add_norm.OPS}
+OPS |= {op.name: op for op in (*_add_norm.OPS, *_softmax.OPS)}
 
 __all__ = [
     "OPS",
@@ -26,5 +28,7 @@ __all__ = [
     "backend",
     "explain",
     "layer_norm",
+    "log_softmax",
     "rms_norm",
+    "softmax",
 ]
