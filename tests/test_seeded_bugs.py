@@ -17,6 +17,7 @@ import pytest
 import test_add_norm
 import test_layer_norm
 import test_ops
+import test_softmax
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -83,7 +84,9 @@ def cases(bug: Bug):
     if not wanted:
         yield {}
         return
-    axes = {"op": [op], "size": op.sizes, "dtype": op.dtypes, "layout": test_ops.LAYOUTS}
+    marks = [m.args for m in getattr(bug.caught_by, "pytestmark", ()) if m.name == "parametrize"]
+    own = {names: values for names, values, *_ in marks if isinstance(names, str)}
+    axes = {"size": op.sizes, "dtype": op.dtypes} | own | {"op": [op]}
     for values in itertools.product(*(axes[name] for name in wanted)):
         yield dict(zip(wanted, values, strict=True))
 
@@ -93,6 +96,10 @@ MEMORY = test_ops.test_reads_and_writes_only_its_tensors
 STRIDES = test_ops.test_any_strides_give_the_same_answer
 OWN_STRIDES = test_add_norm.test_each_tensor_has_its_own_strides
 WIDE_DROPOUT = test_add_norm.test_dropout_of_narrow_and_of_wide_rows
+SHIFT = test_softmax.test_a_shift_of_the_logits_costs_no_accuracy
+INFINITIES = test_softmax.test_infinities_and_nan
+DIMENSIONS = test_softmax.test_a_wide_dimension_that_is_not_the_last
+CASTS = test_softmax.test_the_dtype_argument
 LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
 
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
@@ -147,7 +154,25 @@ ADD_RMS_NORM = [
     ("_means", "mean_gx = tl.sum(g * xhat, 1) / N", "mean_gx = tl.sum(g, 1) / N", FLOAT64),
 ]
 
+SOFTMAX = [
+    ("_forward_kernel", 'float("-inf")', "0.0", FLOAT64),
+    ("_forward_kernel", "x -= tl.max(x, 1)[:, None]", "", SHIFT),
+    ("_forward_kernel", "rows * stride_xm", "rows * stride_ym", STRIDES),
+    ("_forward_wide_kernel", "d * tl.exp(m - shift)", "d", FLOAT64),
+    ("_forward_wide_kernel", 'tl.where(new_m == float("-inf"), 0.0, new_m)', "new_m", INFINITIES),
+    ("_tile_rows", "program // tiles", "program", DIMENSIONS),
+    ("_backward_kernel", "rows * stride_dym", "rows * stride_ym", STRIDES),
+    ("_backward_wide_kernel", "total += dy * ", "total = dy * ", FLOAT64),
+    ("_load_float", ".to(dtype)", "", CASTS),
+]
+LOG_SOFTMAX = [
+    ("_forward_wide_kernel", "x - m - tl.log(d)", "x - tl.log(d)", SHIFT),
+    ("_gradient", "tl.exp(y) * total", "total", FLOAT64),
+]
+
 BUGS = [
+    *(Bug("softmax", f"softmax:{kernel}", *rest) for kernel, *rest in SOFTMAX),
+    *(Bug("log_softmax", f"softmax:{kernel}", *rest) for kernel, *rest in LOG_SOFTMAX),
     *(Bug("add_layer_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_LAYER_NORM),
     *(Bug("add_rms_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_RMS_NORM),
     *(Bug("rms_norm", f"rms_norm:{kernel}", *rest) for kernel, *rest in RMS_NORM),
