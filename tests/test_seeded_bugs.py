@@ -160,7 +160,7 @@ SOFTMAX = [
     ("_forward_kernel", "rows * stride_xm", "rows * stride_ym", STRIDES),
     ("_forward_wide_kernel", "d * tl.exp(m - shift)", "d", FLOAT64),
     ("_forward_wide_kernel", 'tl.where(new_m == float("-inf"), 0.0, new_m)', "new_m", INFINITIES),
-    ("_tile_rows", "program // tiles", "program", DIMENSIONS),
+    ("_tile_rows", "program // tiles", "program * 0", DIMENSIONS),
     ("_backward_kernel", "rows * stride_dym", "rows * stride_ym", STRIDES),
     ("_backward_wide_kernel", "total += dy * ", "total = dy * ", FLOAT64),
     ("_load_float", ".to(dtype)", "", CASTS),
