@@ -465,7 +465,8 @@ def _backward(
     if M == 0 or N == 0:
         return dx.zero_(), dresidual.zero_(), dweight.zero_(), dbias.zero_()
     dy, dnew = (None if t is None else rows_of(t, N) for t in (dy, dnew))
-    heavy = seed is not None or any(t.itemsize == 4 for t in (dy, dnew, new) if t is not None)
+    tensors = [t for t in (dy, dnew, new, weight) if t is not None]
+    heavy = seed is not None or any(t.itemsize == 4 for t in tensors)
     tile, per_multiprocessor, whole_rows = _backward_tile(N, centred, heavy)
     programs = triton.cdiv(M, tile["BLOCK_M"])
     programs = min(programs, per_multiprocessor * multiprocessors(new.device))
@@ -600,7 +601,7 @@ def _uncovered(
 ) -> str | None:
     if residual.shape != x.shape:
         return f"residual has shape {tuple(residual.shape)}, not {tuple(x.shape)}"
-    if residual.dtype not in dtypes or (residual_dtype or x.dtype) not in dtypes:
+    if residual.dtype not in dtypes or (residual_dtype or residual.dtype) not in dtypes:
         return f"residual is {residual.dtype}, new_residual {residual_dtype or residual.dtype}"
     if residual.device != x.device:
         return f"residual is on {residual.device} and x on {x.device}"
