@@ -385,7 +385,7 @@ def _backward_tile(N: int, centred: bool, heavy: bool) -> tuple[dict[str, Any], 
     if heavy:
         tile["BLOCK_M"] = max(1, tile["BLOCK_M"] // 2)
     once = (WIDE_BACKWARD // 2 if heavy else WIDE_BACKWARD) >= N
-    twice = not (once or centred) and (WIDE_BACKWARD if heavy else 2 * WIDE_BACKWARD) >= N
+    twice = not (once or centred or N % 16) and WIDE_BACKWARD * (1 if heavy else 2) >= N
     if not (once or twice):
         tile = {"BLOCK_M": 1, "BLOCK_N": 2048, "num_warps": 8}
     elif N > WIDE_BACKWARD:
