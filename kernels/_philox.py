@@ -15,7 +15,7 @@ _WORD = 0xFFFFFFFF
 
 
 @triton.jit
-def words(seed, counters):
+def draw(seed, counters):
     """Four int32 words a counter, in two new last dimensions, for ``tl.reshape`` to lay out."""
     a, b, c, d = tl.randint4x(seed, counters)
     return tl.join(tl.join(a, c), tl.join(b, d)).to(tl.int32, bitcast=True)

@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _philox
 from ._dispatch import dispatched
 from ._launch import multiprocessors, rows_of
 from ._op import Inputs, Op
+from ._philox import as_seed, draw, keep_mask, scale_of, threshold_of
 from ._register import eager_gradients, torch_op
 from ._rows import WIDE, WIDE_BACKWARD, backward_tile, row_tile, sum_parts, uncovered_norm
 from .rms_norm import EPS
@@ -57,8 +57,8 @@ def _norm(
 
 def _dropped(x: Tensor, N: int, dropout_p: float, seed: Tensor) -> Tensor:
     """Dropout over rows of N by the kernels' mask, in eager PyTorch."""
-    keep = _philox.keep_mask(seed, dropout_p, x.numel() // max(N, 1), N).view(x.shape)
-    return torch.where(keep, x * _philox.scale_of(dropout_p), 0.0)
+    keep = keep_mask(seed, dropout_p, x.numel() // max(N, 1), N).view(x.shape)
+    return torch.where(keep, x * scale_of(dropout_p), 0.0)
 
 
 def _reference(
@@ -81,7 +81,7 @@ def _reference(
     if dropout_p and seed is None:
         x = F.dropout(x, dropout_p)
     elif dropout_p:
-        x = _dropped(x, math.prod(shape), dropout_p, _philox.as_seed(seed, x.device))
+        x = _dropped(x, math.prod(shape), dropout_p, as_seed(seed, x.device))
     new_residual = (x + residual).to(dtype or residual.dtype)
     return norm(new_residual).to(x.dtype), new_residual
 
@@ -144,8 +144,8 @@ def _dropout(
     if seed_ptr is not None:
         quads = start // 4 + tl.arange(0, BLOCK_N // 4)
         counters = rows[:, None] * tl.cdiv(N, 4) + quads[None, :]
-        words = tl.reshape(_philox.words(tl.load(seed_ptr), counters), [BLOCK_M, BLOCK_N])
-        x = tl.where(words >= threshold, x * scale, 0.0)
+        drawn = tl.reshape(draw(tl.load(seed_ptr), counters), [BLOCK_M, BLOCK_N])
+        x = tl.where(drawn >= threshold, x * scale, 0.0)
     return x
 
 
@@ -488,7 +488,7 @@ def _backward(
         dy, dnew, new, weight, mean, rstd, *means, seed,
         *outputs, *parts,
         stride_dym, stride_dnm, M, N, weight_offset,
-        _philox.threshold_of(dropout_p), _philox.scale_of(dropout_p),
+        threshold_of(dropout_p), scale_of(dropout_p),
         CENTRED=centred, **tile,
     )  # fmt: skip
     if wanted[2] or wanted[3]:
@@ -570,7 +570,7 @@ def _forward(
     if M == 0 or N == 0:
         return y, new, mean, rstd
     x, residual = rows_of(x, N), rows_of(residual, N)
-    dropout = (_philox.threshold_of(dropout_p), _philox.scale_of(dropout_p))
+    dropout = (threshold_of(dropout_p), scale_of(dropout_p))
     if N <= WIDE:
         tile = row_tile(max(N, 4))
         if seed is not None:
@@ -629,7 +629,7 @@ def _fused(
     bias = None if bias is None else bias.contiguous()
     y, new_residual, _, _ = _forward(
         x, residual, list(shape), weight, bias,
-        _philox.as_seed(seed, x.device) if dropout_p else None,
+        as_seed(seed, x.device) if dropout_p else None,
         float(eps), float(weight_offset), float(dropout_p), dtype or residual.dtype, centred,
     )  # fmt: skip
     return y, new_residual

@@ -137,7 +137,7 @@ RMS_NORM = [
 
 ADD_LAYER_NORM = [
     ("_dropout", "x * scale", "x", FLOAT64),
-    ("_dropout", "words >= threshold", "words > threshold + threshold", FLOAT64),
+    ("_dropout", "drawn >= threshold", "drawn >= threshold + threshold", FLOAT64),
     ("_dropout", "start // 4 + ", "", WIDE_DROPOUT),
     ("_forward_kernel", "tl.where(mask, new - mean[:, None], 0.0)", "new - mean[:, None]", FLOAT64),
     ("_forward_kernel", "rows[:, None] * stride_rm", "rows[:, None] * stride_xm", OWN_STRIDES),
