@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import test_activations
 import test_add_norm
 import test_layer_norm
 import test_ops
@@ -100,6 +101,7 @@ SHIFT = test_softmax.test_a_shift_of_the_logits_costs_no_accuracy
 INFINITIES = test_softmax.test_infinities_and_nan
 DIMENSIONS = test_softmax.test_a_wide_dimension_that_is_not_the_last
 CASTS = test_softmax.test_the_dtype_argument
+OWN_HALVES = test_activations.test_halves_of_one_tensor_are_read_where_they_lie
 LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
 
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
@@ -170,7 +172,29 @@ LOG_SOFTMAX = [
     ("_gradient", "tl.exp(y) * total", "total", FLOAT64),
 ]
 
+# (op, module and kernel, what stands there, what the mistake makes of it, the test that notices)
+POINTWISE = [
+    ("gelu", "activations:activation", "0.5 + 0.5 * tl.erf", "0.5 * tl.erf", FLOAT64),
+    ("gelu", "activations:activation", "-0.5 * x * x", "0.5 * x * x", FLOAT64),
+    ("gelu", "activations:activation", "0.0, bend * (", "0.0, (", FLOAT64),
+    ("gelu", "activations:activation", "0.07135481282553303", "0.0714", FLOAT64),
+    ("gelu", "activations:_forward_kernel", "start + BLOCK <= n", "start < n", MEMORY),
+    ("gelu", "activations:_backward_kernel", "dx_ptr + start + offs", "dx_ptr + offs", FLOAT64),
+    ("relu_squared", "activations:activation", "2.0 * positive", "positive", FLOAT64),
+    ("bias_gelu", "bias_gelu:_forward_kernel", "rows * stride_xm", "rows * N", STRIDES),
+    ("bias_gelu", "bias_gelu:_backward_kernel", "dbias += ", "dbias = ", FLOAT64),
+    ("bias_gelu", "bias_gelu:_backward_kernel", "rows * stride_dym", "rows * stride_xm", STRIDES),
+    ("bias_gelu", "bias_gelu:_backward_kernel", "dbias_ptr + program * N", "dbias_ptr", MEMORY),
+    ("swiglu", "activations:activation", "s + y * (1.0 - s)", "s + y * s", FLOAT64),
+    ("swiglu", "glu:_tile_of", "program // blocks", "program", FLOAT64),
+    ("swiglu", "glu:_tile_of", "& (col + BLOCK_N <= N)", "", MEMORY),
+    ("swiglu", "glu:_forward_kernel", "rows * stride_um", "rows * stride_gm", OWN_HALVES),
+    ("geglu", "glu:_backward_kernel", "dy * y, mask", "dy, mask", FLOAT64),
+    ("geglu", "glu:_backward_kernel", "rows * stride_dum", "rows * N", FLOAT64),
+]
+
 BUGS = [
+    *(Bug(*row) for row in POINTWISE),
     *(Bug("softmax", f"softmax:{kernel}", *rest) for kernel, *rest in SOFTMAX),
     *(Bug("log_softmax", f"softmax:{kernel}", *rest) for kernel, *rest in LOG_SOFTMAX),
     *(Bug("add_layer_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_LAYER_NORM),
