@@ -7,6 +7,7 @@ from . import bias_gelu as _bias_gelu
 from . import glu as _glu
 from . import layer_norm as _layer_norm
 from . import rms_norm as _rms_norm
+from . import rotary as _rotary
 from . import softmax as _softmax
 from ._dispatch import backend, explain
 from ._op import Op
@@ -16,6 +17,7 @@ from .bias_gelu import bias_gelu
 from .glu import geglu, swiglu
 from .layer_norm import LayerNorm, layer_norm
 from .rms_norm import RMSNorm, rms_norm
+from .rotary import rotary_embedding
 from .softmax import log_softmax, softmax
 
 if _dispatch._cpu_runner == "interpreter":
@@ -23,7 +25,7 @@ if _dispatch._cpu_runner == "interpreter":
 
 OPS = {module.OP.name: module.OP for module in (_layer_norm, _rms_norm)}
 OPS |= {op.name: op for op in (*_add_norm.OPS, *_softmax.OPS)}
-OPS |= {op.name: op for op in (*_activations.OPS, _bias_gelu.OP, *_glu.OPS)}
+OPS |= {op.name: op for op in (*_activations.OPS, _bias_gelu.OP, *_glu.OPS, _rotary.OP)}
 
 __all__ = [
     "GELU",
@@ -42,6 +44,7 @@ __all__ = [
     "log_softmax",
     "relu_squared",
     "rms_norm",
+    "rotary_embedding",
     "softmax",
     "swiglu",
 ]

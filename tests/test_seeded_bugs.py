@@ -18,6 +18,7 @@ import test_activations
 import test_add_norm
 import test_layer_norm
 import test_ops
+import test_rotary
 import test_softmax
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction
@@ -102,6 +103,8 @@ INFINITIES = test_softmax.test_infinities_and_nan
 DIMENSIONS = test_softmax.test_a_wide_dimension_that_is_not_the_last
 CASTS = test_softmax.test_the_dtype_argument
 OWN_HALVES = test_activations.test_halves_of_one_tensor_are_read_where_they_lie
+MANY_RAGGED = test_rotary.test_many_ragged_sequences
+OUTSIDE = test_rotary.test_a_position_outside_the_tables_gives_nan_and_reads_nothing
 LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
 
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
@@ -185,6 +188,27 @@ POINTWISE = [
     ("bias_gelu", "bias_gelu:_backward_kernel", "dbias += ", "dbias = ", FLOAT64),
     ("bias_gelu", "bias_gelu:_backward_kernel", "rows * stride_dym", "rows * stride_xm", STRIDES),
     ("bias_gelu", "bias_gelu:_backward_kernel", "dbias_ptr + program * N", "dbias_ptr", MEMORY),
+    ("rotary_embedding", "rotary:_positions", "candidate < SEQUENCES", "candidate > 0", MEMORY),
+    ("rotary_embedding", "rotary:_positions", "(start <= tokens)", "(start < tokens)", FLOAT64),
+    (
+        "rotary_embedding",
+        "rotary:_positions",
+        "cu_seqlens_ptr + sequence) + offset",
+        "cu_seqlens_ptr + sequence)",
+        OFFSETS,
+    ),
+    ("rotary_embedding", "rotary:_rotary_kernel", "& (positions < POSITIONS)", "", OUTSIDE),
+    ("rotary_embedding", "rotary:_rotary_kernel", "sin = -sin", "sin = sin", FLOAT64),
+    ("rotary_embedding", "rotary:_rotary_kernel", "tl.where(past, 0.0, sin)", "sin", FLOAT64),
+    ("rotary_embedding", "rotary:_rotary_kernel", "tl.minimum(first + HEADS, H)", "H", MEMORY),
+    (
+        "rotary_embedding",
+        "rotary:_rotary_kernel",
+        "batch * stride_yb",
+        "batch * stride_xb",
+        STRIDES,
+    ),
+    ("rotary_embedding", "rotary:_rotary_kernel", "& (rest < D)", "", MEMORY),
     ("swiglu", "activations:activation", "s + y * (1.0 - s)", "s + y * s", FLOAT64),
     ("swiglu", "glu:_tile_of", "program // blocks", "program", FLOAT64),
     ("swiglu", "glu:_tile_of", "& (col + BLOCK_N <= N)", "", MEMORY),
