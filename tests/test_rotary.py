@@ -1,5 +1,6 @@
 """What is special about rotary_embedding: offsets, ragged batches, in place, the inverse."""
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -85,7 +86,7 @@ def test_ragged_batches(ends, kind):
     offsets = torch.arange(len(ends) - 1)
     got = rotary_embedding(x, cos, sin, offsets=offsets, cu_seqlens=torch.tensor(ends, dtype=kind))
     want = x.clone()
-    for shift, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for shift, (start, end) in enumerate(itertools.pairwise(ends)):
         if start < end:
             want[start:end] = rotary_embedding(x[start:end], cos, sin, offsets=shift)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
