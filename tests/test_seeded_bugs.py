@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import pytest
 import test_activations
 import test_add_norm
+import test_dropout
+import test_embedding
 import test_layer_norm
 import test_ops
 import test_rotary
@@ -105,6 +107,10 @@ CASTS = test_softmax.test_the_dtype_argument
 OWN_HALVES = test_activations.test_halves_of_one_tensor_are_read_where_they_lie
 MANY_RAGGED = test_rotary.test_many_ragged_sequences
 OUTSIDE = test_rotary.test_a_position_outside_the_tables_gives_nan_and_reads_nothing
+BLOCKS = test_dropout.test_around_whole_blocks
+RUNS = test_embedding.test_runs_across_chunks
+PADDING = test_embedding.test_the_padding_row_gets_no_gradient
+MISSING = test_embedding.test_numbers_outside_the_table
 LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
 
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
@@ -197,6 +203,31 @@ POINTWISE = [
     ("rotary_embedding", "rotary:_rotary_kernel", "tl.minimum(first + HEADS, H)", "H", MEMORY),
     ("rotary_embedding", "rotary:_rotary_kernel", "head * stride_xh", "head * stride_yh", STRIDES),
     ("rotary_embedding", "rotary:_rotary_kernel", "& (rest < D)", "", MEMORY),
+    ("dropout", "dropout:_dropout_kernel", "x * scale, 0.0))", "x, 0.0))", BLOCKS),
+    ("dropout", "dropout:_dropout_kernel", "counters = start // 4 + ", "counters = ", BLOCKS),
+    ("dropout", "dropout:_dropout_kernel", ">= threshold", "< threshold", FLOAT64),
+    ("dropout", "dropout:_dropout_kernel", "start + BLOCK <= n", "start < n", MEMORY),
+    ("embedding", "embedding:_forward_kernel", "(rows >= 0) & (rows < V)", "(rows < V)", MISSING),
+    (
+        "embedding",
+        "embedding:_forward_kernel",
+        "rows[:, None] * stride_wv",
+        "rows[:, None] * N",
+        STRIDES,
+    ),
+    ("embedding", "embedding:_runs_kernel", "& (after != row)", "", RUNS),
+    ("embedding", "embedding:_runs_kernel", "begins_chunk, 0, 1", "begins_chunk, 0, 0", RUNS),
+    ("embedding", "embedding:_runs_kernel", "& (row != padding_idx)", "", PADDING),
+    (
+        "embedding",
+        "embedding:_runs_kernel",
+        "tokens[:, None] * stride_dyt",
+        "tokens[:, None] * N",
+        STRIDES,
+    ),
+    ("embedding", "embedding:_cut_runs_kernel", "& begins_here", "", MEMORY),
+    ("embedding", "embedding:_cut_runs_kernel", "found == row", "found >= row", RUNS),
+    ("embedding", "embedding:_cut_runs_kernel", "& ~begins_chunk, 1, 0", ", 1, 0", RUNS),
     ("swiglu", "activations:activation", "s + y * (1.0 - s)", "s + y * s", FLOAT64),
     ("swiglu", "glu:_tile_of", "program // blocks", "program", FLOAT64),
     ("swiglu", "glu:_tile_of", "& (col + BLOCK_N <= N)", "", MEMORY),
