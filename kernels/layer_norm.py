@@ -11,7 +11,7 @@ Backward, with g = dy * weight:
     dweight = sum over rows of dy * xhat        dbias = sum over rows of dy
 
 Cost: the forward reads x and writes y once, the backward reads x and dy and writes dx: 2 and 3
-times M * N elements, both bound by memory. Above _WIDE columns a row no longer fits in registers:
+times M * N elements, both bound by memory. Above WIDE columns a row no longer fits in registers:
 it is read once more, for its statistics. Saved for the backward: x, and 8 bytes a row.
 """
 
@@ -28,6 +28,7 @@ from ._dispatch import dispatched
 from ._launch import multiprocessors, rows_of
 from ._op import Inputs, Op
 from ._register import eager_gradients, torch_op
+from ._rows import WIDE, WIDE_BACKWARD, backward_tile, row_tile, sum_parts, uncovered_norm
 
 
 def reference(
@@ -221,57 +222,7 @@ def _backward_wide_kernel(
         tl.store(dbias_ptr + program * N + cols, dbias, mask=mask)
 
 
-@triton.jit
-def _sum_parts_kernel(
-    dweight_parts_ptr, dbias_parts_ptr, dweight_ptr, dbias_ptr,
-    P, N,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Sums the programs' parts in a fixed order, so that two runs agree to the bit."""
-    parts = tl.arange(0, BLOCK_P)
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = cols < N
-    dweight = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    dbias = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
-    for start in range(0, P, BLOCK_P):
-        rows = start + parts
-        mask = (rows < P)[:, None] & mask_n[None, :]
-        offsets = rows.to(tl.int64)[:, None] * N + cols[None, :]
-        if HAS_WEIGHT:
-            dweight += tl.load(dweight_parts_ptr + offsets, mask=mask, other=0.0)
-        if HAS_BIAS:
-            dbias += tl.load(dbias_parts_ptr + offsets, mask=mask, other=0.0)
-    if HAS_WEIGHT:
-        tl.store(dweight_ptr + cols, tl.sum(dweight, 0), mask=mask_n)
-    if HAS_BIAS:
-        tl.store(dbias_ptr + cols, tl.sum(dbias, 0), mask=mask_n)
-
-
 # --- launch -------------------------------------------------------------------------------------
-
-_WIDE = 16384  # columns past which a forward row is read in blocks; unmeasured
-_WIDE_BACKWARD = 8192  # the same of the backward, which keeps five rows in registers; unmeasured
-
-
-def _row_tile(N: int) -> dict[str, int]:
-    """Whole rows of N <= _WIDE columns: narrow ones share a program; about 16 elements a thread."""
-    block_n = triton.next_power_of_2(N)
-    block_m = max(1, 2048 // block_n) if block_n <= 512 else 1
-    warps = 4 if block_n <= 2048 else 8 if block_n <= 8192 else 16
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}
-
-
-def _backward_tile(N: int) -> tuple[dict[str, int], int]:
-    """The rows that a program of the backward takes at once, and programs a multiprocessor.
-
-    Few programs keep the parts of dweight and dbias small, large tiles keep bytes in flight: for
-    8192 x 768 in bfloat16 the modelled time on sm_90 is 19 us against 68 us for a row at a time
-    (11 us is the least that memory allows); for 8192 x 4096 it is 72 us against 98 us (60 us).
-    """
-    block_n = triton.next_power_of_2(N)
-    elements, warps, per_multiprocessor = (4096, 8, 2) if block_n <= 1024 else (8192, 16, 1)
-    block_m = min(max(1, elements // block_n), 64)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}, per_multiprocessor
 
 
 def _forward_fake(
@@ -319,14 +270,14 @@ def _backward(
     if M == 0 or N == 0:
         return dx.zero_(), dweight.zero_(), dbias.zero_()
     x, dy = rows_of(input, N), rows_of(dy, N)
-    tile, per_multiprocessor = _backward_tile(N)
+    tile, per_multiprocessor = backward_tile(N)
     wants_dx, wants_parameters = wanted[0], wanted[1] or wanted[2]
     programs = min(triton.cdiv(M, tile["BLOCK_M"]), per_multiprocessor * multiprocessors(x.device))
     parts = [
         x.new_empty(programs, N, dtype=torch.float32) if wants_parameters else None
         for _ in range(2)
     ]
-    if N <= _WIDE_BACKWARD:
+    if N <= WIDE_BACKWARD:
         _backward_kernel[(programs,)](
             dy, x, weight, mean, rstd, dx, *parts,
             dy.stride(0), x.stride(0), M, N,
@@ -350,11 +301,7 @@ def _backward(
             BLOCK_N=2048, num_warps=8,
         )  # fmt: skip
     if wants_parameters:
-        _sum_parts_kernel[(triton.cdiv(N, 128),)](
-            *parts, dweight, dbias,
-            programs, N,
-            HAS_WEIGHT=wanted[1], HAS_BIAS=wanted[2], BLOCK_P=32, BLOCK_N=128, num_warps=4,
-        )  # fmt: skip
+        sum_parts(parts[0], parts[1], dweight if wanted[1] else None, dbias if wanted[2] else None)
     return dx, dweight, dbias
 
 
@@ -389,8 +336,8 @@ def _forward(
         return y, mean, rstd
     x = rows_of(input, N)
     flags = {"HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    if N <= _WIDE:
-        tile = _row_tile(N)
+    if N <= WIDE:
+        tile = row_tile(N)
         _forward_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](
             x, weight, bias, y, mean, rstd,
             x.stride(0), M, N, eps,
@@ -415,19 +362,7 @@ def _uncovered(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> str | None:
-    shape = tuple(normalized_shape)
-    if not shape or tuple(input.shape[-len(shape) :]) != shape:
-        return f"normalized_shape {shape} is not the end of input's shape {tuple(input.shape)}"
-    for name, t in (("input", input), ("weight", weight), ("bias", bias)):
-        if t is None:
-            continue
-        if t.dtype not in OP.dtypes:
-            return f"{name} is {t.dtype}"
-        if t.device != input.device:
-            return f"{name} is on {t.device} and input on {input.device}"
-        if t is not input and tuple(t.shape) != shape:
-            return f"{name} has shape {tuple(t.shape)}, not {shape}"
-    return None
+    return uncovered_norm(OP.dtypes, normalized_shape, input, weight=weight, bias=bias)
 
 
 @dispatched(eager=F.layer_norm, uncovered=_uncovered)

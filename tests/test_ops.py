@@ -117,7 +117,8 @@ def test_any_strides_give_the_same_answer(op, size, layout):
         graded = [o for _, o in out if o.requires_grad]
         torch.manual_seed(1)
         if graded:
-            torch.autograd.backward(graded, [lay_out_gradient(torch.randn_like(o)) for o in graded])
+            noise = [torch.randn(o.shape, dtype=o.dtype) for o in graded]  # whatever strides o has
+            torch.autograd.backward(graded, [lay_out_gradient(g) for g in noise])
         found = {f"result{n}": o.detach() for n, o in out}
         found |= {f"{n} after": t.detach() for n, t in named_tensors(inputs)}
         return found | {

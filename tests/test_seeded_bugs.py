@@ -14,10 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import test_activations
 import test_adamw
+import test_add_norm
 import test_attention_options
+import test_dropout
+import test_embedding
 import test_layer_norm
 import test_ops
+import test_rotary
+import test_softmax
 import torch
 from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction
@@ -85,7 +91,9 @@ def cases(bug: Bug):
     if not wanted:
         yield {}
         return
-    axes = {"op": [op], "size": op.sizes, "dtype": op.dtypes, "layout": test_ops.LAYOUTS}
+    marks = [m.args for m in getattr(bug.caught_by, "pytestmark", ()) if m.name == "parametrize"]
+    own = {names: values for names, values, *_ in marks if isinstance(names, str)}
+    axes = {"size": op.sizes, "dtype": op.dtypes} | own | {"op": [op]}
     for values in itertools.product(*(axes[name] for name in wanted)):
         yield dict(zip(wanted, values, strict=True))
 
@@ -94,6 +102,19 @@ FLOAT64 = test_ops.test_matches_float64_by_the_contract
 MEMORY = test_ops.test_reads_and_writes_only_its_tensors
 STRIDES = test_ops.test_any_strides_give_the_same_answer
 HIDDEN_ROWS = test_attention_options.test_rows_that_a_bias_hides_whole
+OWN_STRIDES = test_add_norm.test_each_tensor_has_its_own_strides
+WIDE_DROPOUT = test_add_norm.test_dropout_of_narrow_and_of_wide_rows
+SHIFT = test_softmax.test_a_shift_of_the_logits_costs_no_accuracy
+INFINITIES = test_softmax.test_infinities_and_nan
+DIMENSIONS = test_softmax.test_a_wide_dimension_that_is_not_the_last
+CASTS = test_softmax.test_the_dtype_argument
+OWN_HALVES = test_activations.test_halves_of_one_tensor_are_read_where_they_lie
+MANY_RAGGED = test_rotary.test_many_ragged_sequences
+OUTSIDE = test_rotary.test_a_position_outside_the_tables_gives_nan_and_reads_nothing
+BLOCKS = test_dropout.test_around_whole_blocks
+RUNS = test_embedding.test_runs_across_chunks
+PADDING = test_embedding.test_the_padding_row_gets_no_gradient
+MISSING = test_embedding.test_numbers_outside_the_table
 LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
 
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
@@ -114,7 +135,6 @@ LAYER_NORM = [
     ("_backward_kernel", "dweight_ptr + program * N", "dweight_ptr", MEMORY),
     ("_backward_wide_kernel", "- xhat * tl.load(mean_gx_ptr + row)", "", FLOAT64),
     ("_row_means_kernel", "g *= tl.load", "g += tl.load", FLOAT64),
-    ("_sum_parts_kernel", "(rows < P)[:, None] & ", "", MEMORY),
 ]
 
 # (op, kernel below fastlm.kernels.attention, ...): the ops share kernels, each by its own paths
@@ -173,9 +193,121 @@ ADAMW = [
     ("_update_kernel", "tl.load(scalars + _GO) != 0.0", "tl.load(scalars + _GO) >= 0.0", OVERFLOW),
 ]
 
-BUGS = [Bug("layer_norm", f"layer_norm:{kernel}", *rest) for kernel, *rest in LAYER_NORM]
-BUGS += [Bug(op, f"attention.{kernel}", *rest) for op, kernel, *rest in ATTENTION]
-BUGS += [Bug("adamw_step", f"adamw:{kernel}", *rest) for kernel, *rest in ADAMW]
+RMS_NORM = [
+    ("_forward_kernel", "tl.sum(x * x, 1) / N", "tl.sum(x * x, 1) / BLOCK_N", FLOAT64),
+    ("_forward_kernel", "rows[:, None] * stride_xm", "rows[:, None] * N", STRIDES),
+    ("_forward_kernel", "y, mask=mask)", "y, mask=mask_n[None, :])", MEMORY),
+    ("_forward_wide_kernel", "squares += x * x", "squares = x * x", FLOAT64),
+    ("_gain", "weight_offset + ", "", FLOAT64),
+    ("_backward_kernel", "[:, None] * rstd / N", "[:, None] / N", FLOAT64),
+    ("_backward_kernel", "g *= weight", "g = weight", FLOAT64),
+    ("_backward_kernel", "dweight += dy", "dweight = dy", FLOAT64),
+    ("_row_means_kernel", "row * stride_dym", "row * stride_xm", STRIDES),
+    ("_backward_wide_kernel", "dx_ptr + row * N", "dx_ptr", FLOAT64),
+]
+
+ADD_LAYER_NORM = [
+    ("_dropout", "x * scale", "x", FLOAT64),
+    ("_dropout", "drawn >= threshold", "drawn >= threshold + threshold", FLOAT64),
+    ("_dropout", "start // 4 + ", "", WIDE_DROPOUT),
+    ("_forward_kernel", "tl.where(mask, new - mean[:, None], 0.0)", "new - mean[:, None]", FLOAT64),
+    ("_forward_kernel", "rows[:, None] * stride_rm", "rows[:, None] * stride_xm", OWN_STRIDES),
+    ("_forward_wide_kernel", "delta * delta * share * start", "0.0", FLOAT64),
+    ("_means", "mean_g = tl.sum(g, 1) / N", "mean_g = tl.sum(g * xhat, 1) / N", FLOAT64),
+    ("_row_means_kernel", "tl.load(rstd_ptr + row) / N", "1.0 / N", FLOAT64),
+    ("_backward_kernel", "d += tl.load(dnew_ptrs", "d = tl.load(dnew_ptrs", FLOAT64),
+    ("_backward_kernel", "rows[:, None] * stride_dnm", "rows[:, None] * stride_dym", OWN_STRIDES),
+    ("_store_part", "part_ptr + program * N", "part_ptr", MEMORY),
+]
+ADD_RMS_NORM = [
+    ("_forward_kernel", "tl.rsqrt(tl.sum(new * new, 1) / N + eps)", "tl.rsqrt(eps)", FLOAT64),
+    ("_forward_wide_kernel", "deviations += tl.sum(new * new)", "deviations = eps", WIDE_DROPOUT),
+    ("_means", "mean_gx = tl.sum(g * xhat, 1) / N", "mean_gx = tl.sum(g, 1) / N", FLOAT64),
+]
+
+SOFTMAX = [
+    ("_forward_kernel", 'float("-inf")', "0.0", FLOAT64),
+    ("_forward_kernel", "x -= tl.max(x, 1)[:, None]", "", SHIFT),
+    ("_forward_kernel", "rows * stride_xm", "rows * stride_ym", STRIDES),
+    ("_forward_wide_kernel", "d * tl.exp(m - shift)", "d", FLOAT64),
+    ("_forward_wide_kernel", 'tl.where(new_m == float("-inf"), 0.0, new_m)', "new_m", INFINITIES),
+    ("_tile_rows", "program // tiles", "program * 0", DIMENSIONS),
+    ("_backward_kernel", "rows * stride_dym", "rows * stride_ym", STRIDES),
+    ("_backward_wide_kernel", "total += dy * ", "total = dy * ", FLOAT64),
+    ("_load_float", ".to(dtype)", "", CASTS),
+]
+LOG_SOFTMAX = [
+    ("_forward_wide_kernel", "x - m - tl.log(d)", "x - tl.log(d)", SHIFT),
+    ("_gradient", "tl.exp(y) * total", "total", FLOAT64),
+]
+
+# (op, module and kernel, what stands there, what the mistake makes of it, the test that notices)
+POINTWISE = [
+    ("gelu", "activations:activation", "0.5 + 0.5 * tl.erf", "0.5 * tl.erf", FLOAT64),
+    ("gelu", "activations:activation", "-0.5 * x * x", "0.5 * x * x", FLOAT64),
+    ("gelu", "activations:activation", "0.0, bend * (", "0.0, (", FLOAT64),
+    ("gelu", "activations:activation", "0.07135481282553303", "0.0714", FLOAT64),
+    ("gelu", "activations:_forward_kernel", "start + BLOCK <= n", "start < n", MEMORY),
+    ("gelu", "activations:_backward_kernel", "dx_ptr + start + offs", "dx_ptr + offs", FLOAT64),
+    ("relu_squared", "activations:activation", "2.0 * positive", "positive", FLOAT64),
+    ("bias_gelu", "bias_gelu:_forward_kernel", "rows * stride_xm", "rows * N", STRIDES),
+    ("bias_gelu", "bias_gelu:_backward_kernel", "dbias += ", "dbias = ", FLOAT64),
+    ("bias_gelu", "bias_gelu:_backward_kernel", "rows * stride_dym", "rows * stride_xm", STRIDES),
+    ("bias_gelu", "bias_gelu:_backward_kernel", "dbias_ptr + program * N", "dbias_ptr", MEMORY),
+    ("rotary_embedding", "rotary:_positions", "candidate < SEQUENCES", "candidate > 0", MEMORY),
+    ("rotary_embedding", "rotary:_positions", "(start <= tokens)", "(start < tokens)", FLOAT64),
+    ("rotary_embedding", "rotary:_positions", "sequence) + offset", "sequence)", MANY_RAGGED),
+    ("rotary_embedding", "rotary:_rotary_kernel", "& (positions < POSITIONS)", "", OUTSIDE),
+    ("rotary_embedding", "rotary:_rotary_kernel", "sin = -sin", "sin = sin", FLOAT64),
+    ("rotary_embedding", "rotary:_rotary_kernel", "tl.where(past, 0.0, sin)", "sin", FLOAT64),
+    ("rotary_embedding", "rotary:_rotary_kernel", "tl.minimum(first + HEADS, H)", "H", MEMORY),
+    ("rotary_embedding", "rotary:_rotary_kernel", "head * stride_xh", "head * stride_yh", STRIDES),
+    ("rotary_embedding", "rotary:_rotary_kernel", "& (rest < D)", "", MEMORY),
+    ("dropout", "dropout:_dropout_kernel", "x * scale, 0.0))", "x, 0.0))", BLOCKS),
+    ("dropout", "dropout:_dropout_kernel", "counters = start // 4 + ", "counters = ", BLOCKS),
+    ("dropout", "dropout:_dropout_kernel", ">= threshold", "< threshold", FLOAT64),
+    ("dropout", "dropout:_dropout_kernel", "start + BLOCK <= n", "start < n", MEMORY),
+    ("embedding", "embedding:_forward_kernel", "(rows >= 0) & (rows < V)", "(rows < V)", MISSING),
+    (
+        "embedding",
+        "embedding:_forward_kernel",
+        "rows[:, None] * stride_wv",
+        "rows[:, None] * N",
+        STRIDES,
+    ),
+    ("embedding", "embedding:_runs_kernel", "& (after != row)", "", RUNS),
+    ("embedding", "embedding:_runs_kernel", "begins_chunk, 0, 1", "begins_chunk, 0, 0", RUNS),
+    ("embedding", "embedding:_runs_kernel", "& (row != padding_idx)", "", PADDING),
+    (
+        "embedding",
+        "embedding:_runs_kernel",
+        "tokens[:, None] * stride_dyt",
+        "tokens[:, None] * N",
+        STRIDES,
+    ),
+    ("embedding", "embedding:_cut_runs_kernel", "& begins_here", "", MEMORY),
+    ("embedding", "embedding:_cut_runs_kernel", "found == row", "found >= row", RUNS),
+    ("embedding", "embedding:_cut_runs_kernel", "& ~begins_chunk, 1, 0", ", 1, 0", RUNS),
+    ("swiglu", "activations:activation", "s + y * (1.0 - s)", "s + y * s", FLOAT64),
+    ("swiglu", "glu:_tile_of", "program // blocks", "program", FLOAT64),
+    ("swiglu", "glu:_tile_of", "& (col + BLOCK_N <= N)", "", MEMORY),
+    ("swiglu", "glu:_forward_kernel", "rows * stride_um", "rows * stride_gm", OWN_HALVES),
+    ("geglu", "glu:_backward_kernel", "dy * y, mask", "dy, mask", FLOAT64),
+    ("geglu", "glu:_backward_kernel", "rows * stride_dum", "rows * N", FLOAT64),
+]
+
+BUGS = [
+    *(Bug(op, f"attention.{kernel}", *rest) for op, kernel, *rest in ATTENTION),
+    *(Bug(*row) for row in POINTWISE),
+    *(Bug("adamw_step", f"adamw:{kernel}", *rest) for kernel, *rest in ADAMW),
+    *(Bug("softmax", f"softmax:{kernel}", *rest) for kernel, *rest in SOFTMAX),
+    *(Bug("log_softmax", f"softmax:{kernel}", *rest) for kernel, *rest in LOG_SOFTMAX),
+    *(Bug("add_layer_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_LAYER_NORM),
+    *(Bug("add_rms_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_RMS_NORM),
+    *(Bug("rms_norm", f"rms_norm:{kernel}", *rest) for kernel, *rest in RMS_NORM),
+    *(Bug("layer_norm", f"layer_norm:{kernel}", *rest) for kernel, *rest in LAYER_NORM),
+    Bug("layer_norm", "_rows:_sum_parts_kernel", "(rows < P)[:, None] & ", "", MEMORY),
+]
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=str)
