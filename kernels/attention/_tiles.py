@@ -169,7 +169,7 @@ def described(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
 
     A descriptor spares the loop its addresses and masks: reads past S or D give 0.
     """
-    if x.dtype == torch.float32 or not _has_tma(x):
+    if x.dtype == torch.float32 or x.numel() == 0 or not _has_tma(x):
         return None
     # of a dimension of size 1 the stride is free
     strides = [s if n > 1 else block_d for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
