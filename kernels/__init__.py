@@ -2,7 +2,6 @@
 
 from . import _dispatch, _interpreter
 from . import activations as _activations
-from . import adamw as _adamw
 from . import add_norm as _add_norm
 from . import bias_gelu as _bias_gelu
 from . import dropout as _dropout
@@ -15,7 +14,8 @@ from . import softmax as _softmax
 from ._dispatch import backend, explain
 from ._op import Op
 from .activations import GELU, gelu, relu_squared
-from .adamw import Adam, AdamW, adamw_step
+from .adam import Adam, AdamW, adamw_step
+from .adam import step as _adam_step
 from .add_norm import add_layer_norm, add_rms_norm
 from .attention import decode as _decode
 from .attention import flash as _flash
@@ -58,7 +58,7 @@ OPS = {
         *_glu.OPS,
         _dropout.OP,
         _embedding.OP,
-        _adamw.OP,
+        _adam_step.OP,
     )
 }
 

@@ -132,7 +132,7 @@ def test_groups_of_different_settings_share_the_launches(ours, theirs):
     assert_same(everything(a, first), everything(b, second))
     with counted() as launches:
         first.step()
-    assert launches == ["_prepare_kernel", "_update_kernel"]
+    assert launches == ["prepare_kernel", "update_kernel"]
 
 
 class counted:
@@ -162,7 +162,7 @@ def test_launches_do_not_grow_with_the_number_of_tensors(count):
         give_gradients(params, seed=step)
         with counted() as launches:
             optimizer.step()
-        assert launches == ["_prepare_kernel", "_update_kernel"]
+        assert launches == ["prepare_kernel", "update_kernel"]
 
 
 @pytest.mark.parametrize("setting", [{}, {"fused": True}], ids=["default", "fused"])
@@ -179,7 +179,7 @@ def test_steps_and_schedules_compile_nothing_new(setting):
             optimizer.step()
             schedule.step()
     assert len(capture.unique()) == 2
-    assert {launch.name for launch in capture.unique()} == {"_prepare_kernel", "_update_kernel"}
+    assert {launch.name for launch in capture.unique()} == {"prepare_kernel", "update_kernel"}
 
 
 @pytest.mark.usefixtures("kernels")
@@ -587,23 +587,23 @@ def test_offsets_past_two_to_the_31_elements():
     """The last chunk of a tensor of 2^31 + 8200 bfloat16, in lazily mapped memory."""
     code = """
         import torch
-        from fastlm.kernels import adamw
+        from fastlm.kernels.adam import plan, step
         from fastlm.kernels._interpreter import interpreted
         n = 2**31 + 8200
         lists = [[torch.empty(n, dtype=torch.bfloat16)] for _ in range(4)]
         for i, (t,) in enumerate(lists):
             t[-8200:] = i + 1
-        whole = adamw._Plan._bucket
+        whole = plan.Plan._bucket
         def last(self, kind, members):
             bucket = whole(self, kind, [(0, 1)])
             chunk = torch.tensor([[0, 2**31 // 8192 + 1]], dtype=torch.int32)
             return bucket._replace(chunks=chunk)
-        adamw._Plan._bucket = last
+        plan.Plan._bucket = last
         small = [[t[-16:].clone()] for (t,) in lists]
         options = dict(lr=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1, eps=1e-8)
         with interpreted():
-            adamw.adamw_step(*lists, [], [torch.tensor(1.0)], **options)
-        adamw.reference(*small, [], [torch.tensor(1.0)], **options)
+            step.adamw_step(*lists, [], [torch.tensor(1.0)], **options)
+        step.reference(*small, [], [torch.tensor(1.0)], **options)
         for (t,), (s,) in zip(lists, small):
             torch.testing.assert_close(t[-8:], s[-8:])
             assert t[-16] == t[-17]

@@ -54,7 +54,7 @@ def test_clipping_takes_one_more_launch_for_all_groups():
     optimizer.step()
     with counted() as launches:
         optimizer.step()
-    assert launches == ["_squares_kernel", "_prepare_kernel", "_update_kernel"]
+    assert launches == ["squares_kernel", "prepare_kernel", "update_kernel"]
 
 
 @pytest.mark.usefixtures("kernels")
@@ -185,7 +185,7 @@ def test_stochastic_rounding_differs_by_step_parameter_and_element():
 
 @pytest.mark.usefixtures("kernels")
 def test_stochastic_rounding_keeps_nan_and_block_sizes_do_not_matter(monkeypatch):
-    from fastlm.kernels import adamw
+    from fastlm.kernels.adam import plan
 
     def once():
         p = torch.nn.Parameter(torch.linspace(-1, 1, 3000).to(BF16))
@@ -196,8 +196,8 @@ def test_stochastic_rounding_keeps_nan_and_block_sizes_do_not_matter(monkeypatch
 
     got = once()
     assert got.isnan().nonzero().flatten().tolist() == [7]
-    monkeypatch.setattr(adamw, "_CHUNK", 1024)
-    monkeypatch.setattr(adamw, "_WARPS", 2)
+    monkeypatch.setattr(plan, "_CHUNK", 1024)
+    monkeypatch.setattr(plan, "_WARPS", 2)
     torch.testing.assert_close(once(), got, rtol=0, atol=0, equal_nan=True)
 
 
@@ -328,12 +328,12 @@ def test_machine_code(dtype, options, target):
     params[0].grad = torch.zeros(10000, dtype=dtype)
     with capture_launches(target) as capture:
         AdamW(params, **options).step()
-    assert {launch.name for launch in capture.unique()} >= {"_prepare_kernel", "_update_kernel"}
+    assert {launch.name for launch in capture.unique()} >= {"prepare_kernel", "update_kernel"}
     for launch, compiled in capture.compile_all():
         found, ops = resources(compiled), sass_ops(compiled)
         assert found["spill_stores"] == found["spill_loads"] == 0
         assert found["regs"] <= 72
-        if launch.name == "_update_kernel":
+        if launch.name == "update_kernel":
             assert found["shared"] == 0
             assert not any(op.startswith(("DADD", "DMUL", "DFMA")) for op in ops)
             narrow = dtype != torch.float32 and options.get("state_dtype") == torch.float32

@@ -179,18 +179,18 @@ def GROUPS():
 
 
 ADAMW = [
-    ("_prepare_kernel", "tl.load(found_inf_ptr) == 0.0", "tl.load(found_inf_ptr) != 7.0", OVERFLOW),
-    ("_prepare_kernel", "1.0 / tl.sqrt(bias_correction2)", "1.0 / bias_correction2", FLOAT64),
-    ("_prepare_kernel", "decoupled != 0.0", "decoupled == 7.0", FLOAT64),
-    ("_prepare_kernel", "sign / tl.load", "sign * tl.load", OVERFLOW),
-    ("_prepare_kernel", "NT * _GROUP + offs", "NT * _GROUP + offs * 0", GROUPS),
-    ("_prepare_kernel", "mask = offs < NT", "mask = offs < BLOCK", MEMORY),
+    ("prepare_kernel", "tl.load(found_inf_ptr) == 0.0", "tl.load(found_inf_ptr) != 7.0", OVERFLOW),
+    ("prepare_kernel", "1.0 / tl.sqrt(bias_correction2)", "1.0 / bias_correction2", FLOAT64),
+    ("prepare_kernel", "decoupled != 0.0", "decoupled == 7.0", FLOAT64),
+    ("prepare_kernel", "sign / tl.load", "sign * tl.load", OVERFLOW),
+    ("prepare_kernel", "NT * GROUP_ROW + offs", "NT * GROUP_ROW + offs * 0", GROUPS),
+    ("prepare_kernel", "mask = offs < NT", "mask = offs < BLOCK", MEMORY),
     ("_load", "mask=offs < n", "mask=offs < n + 1", MEMORY),
     ("_store", "mask=offs < n", "mask=offs <= n", MEMORY),
     ("_update", "m - c1 * m + c1 * g", "m + c1 * g", FLOAT64),
     ("_update", "tl.where((vmax >= v) | (vmax != vmax), vmax, v)", "v", FLOAT64),
-    ("_update_kernel", "whole = n // BLOCK * BLOCK", "whole = n // BLOCK", FLOAT64),
-    ("_update_kernel", "tl.load(scalars + _GO) != 0.0", "tl.load(scalars + _GO) >= 0.0", OVERFLOW),
+    ("update_kernel", "whole = n // BLOCK * BLOCK", "whole = n // BLOCK", FLOAT64),
+    ("update_kernel", "tl.load(scalars + _GO) != 0.0", "tl.load(scalars + _GO) >= 0.0", OVERFLOW),
 ]
 
 RMS_NORM = [
@@ -299,7 +299,7 @@ POINTWISE = [
 BUGS = [
     *(Bug(op, f"attention.{kernel}", *rest) for op, kernel, *rest in ATTENTION),
     *(Bug(*row) for row in POINTWISE),
-    *(Bug("adamw_step", f"adamw:{kernel}", *rest) for kernel, *rest in ADAMW),
+    *(Bug("adamw_step", f"adam.kernels:{kernel}", *rest) for kernel, *rest in ADAMW),
     *(Bug("softmax", f"softmax:{kernel}", *rest) for kernel, *rest in SOFTMAX),
     *(Bug("log_softmax", f"softmax:{kernel}", *rest) for kernel, *rest in LOG_SOFTMAX),
     *(Bug("add_layer_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_LAYER_NORM),
