@@ -151,11 +151,13 @@ def memory_tiles(kernel: Function) -> list[tuple[str, int, int]]:
 def exponentials(layouts: str) -> tuple[int, int]:
     """Elements of all tiles that are exponentiated, and how many rows' worth of vectors are.
 
+    An error function counts: it computes an exponential (libdevice's, CUDA 12.8).
+
     Args:
         layouts: The code with layouts (TTGIR).
     """
     tiles = vectors = 0
-    for shape in re.findall(r"math\.exp2? [^\n]*?: tensor<((?:\d+x)+)", layouts):
+    for shape in re.findall(r"math\.(?:exp2?|erf) [^\n]*?: tensor<((?:\d+x)+)", layouts):
         sizes = [int(n) for n in shape.split("x")[:-1]]
         if len(sizes) > 1:
             tiles += math.prod(sizes)

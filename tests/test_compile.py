@@ -18,10 +18,14 @@ from fastlm.kernels import OPS
 
 TARGETS = [80, 90, 100, 120]
 
-# Refusals that are known and accepted, each with its reason: (kernel, target, rule).
+# Refusals that are known and accepted: (kernel, target, rule, words of the case) and the reason.
 ACCEPTED = {
-    ("prepare_kernel", target, "float64"): "bias corrections in float64, a lane for each tensor"
+    ("prepare_kernel", target, "float64", ""): "bias corrections in float64, a lane a tensor"
     for target in TARGETS
+} | {
+    ("dkdv_kernel", 90, "spills", "D=128 causal=True window_size"): (
+        "44 bytes a thread and turn; the tile that does not spill is modelled 12 % slower"
+    )
 }
 EVERYTHING = os.environ.get("FASTLM_COMPILE") == "all"  # every variant on every target: minutes
 
@@ -149,10 +153,11 @@ def test_compiled_kernels_keep_the_rules(target):
             result.main_path = on_main_path(case)
             said = refusals(result)
         for text in said:
-            if (case.launch.name, target, text.split(":")[0]) in ACCEPTED:
-                accepted.add((case.launch.name, target, text.split(":")[0]))
-                continue
-            wrong[f"{case.launch.name}: {text}"].append(f"{case.op} {case.label}")
+            found = (case.launch.name, target, text.split(":")[0])
+            known = [k for k in ACCEPTED if k[:3] == found and k[3] in case.label]
+            accepted |= set(known)
+            if not known:
+                wrong[f"{case.launch.name}: {text}"].append(f"{case.op} {case.label}")
     assert not wrong, "\n".join(
         f"{text}\n    {len(calls)} launches, the first of {calls[0]}"
         for text, calls in wrong.items()

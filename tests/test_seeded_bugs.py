@@ -157,7 +157,7 @@ ATTENTION = [
     (FLASH, "backward:_gather_dkdv", "(dpT - delta[None, :])", "dpT", FLOAT64),
     (FLASH, "backward:_gather_dq", " * slack", "", FLOAT64),
     (FLASH, "backward:_gather_dq", "sums += tl.sum(p * dp, 1)", "sums += tl.sum(p, 1)", FLOAT64),
-    (FLASH, "backward:dkdv_kernel", "range(GROUP)", "range(1)", FLOAT64),
+    (FLASH, "backward:_gather_dkdv", "start + HEADS * span", "start + span", FLOAT64),
     (FLASH, "bias:dbias_kernel", "tl.cdiv(S_q, BLOCK_M) if ONE_ROW", "1 if ONE_ROW", FLOAT64),
     (SDPA, "forward:_forward_kernel", "h * stride_qh", "h * stride_kh", MEMORY),
     (SDPA, "backward:dkdv_kernel", "(dk * scale)", "dk", FLOAT64),
