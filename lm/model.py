@@ -159,8 +159,8 @@ class GPT(nn.Module):
 
     Args:
         config: Its shape and style.
-        ops: ``"fused"``, ``"eager"``, or a mapping from an op's name to either; resolved here, once.
-            Parameters are the same whatever it says.
+        ops: ``"fused"``, ``"eager"``, or a mapping from an op's name to either: resolved here,
+            once. Parameters are the same whatever it says.
     """
 
     def __init__(self, config: GPTConfig, ops: Choice | Mapping[str, Choice] = "fused"):
@@ -211,7 +211,7 @@ class GPT(nn.Module):
             reduction: Of the loss: "mean", "sum" or "none".
 
         Returns:
-            (logits, None) with logits (..., T, vocab_size), or (None, loss) where there are targets.
+            (logits, None), logits (..., T, vocab_size); or (None, loss) where there are targets.
 
         Raises:
             ValueError: Tokens of a wrong shape or dtype, or more than ``block_size`` of them.
