@@ -101,7 +101,7 @@ def _sha256(path: Path) -> str:
 
 
 def tokenize(files: list[Path], tokenizer: Tokenizer, out: Path, progress: "Progress") -> None:
-    """Writes a folder of tokens: every tenth file held out; of fewer than ten, the last tenth of each.
+    """Writes a folder of tokens: held out is every tenth file, or the last tenth of each of few.
 
     Files end with the tokenizer's end of text, or a new line where it has none.
     """
