@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -213,19 +214,16 @@ class Loop:
         self.model.train()
         return found
 
-    def state(self) -> checkpoint.State:
-        """All that the next step depends on, but the weights."""
-        tensors, rest = checkpoint.flattened(self.optimizer.state_dict())
-        facts = {"optimizer": rest, "scaler": self.scaler.state_dict()}
-        return checkpoint.State(self.step, tensors, facts)
+    def save(self, folder: Path) -> Path:
+        """Writes a checkpoint into a run folder; gives the checkpoint's."""
+        facts = {"scaler": self.scaler.state_dict()}
+        return checkpoint.write(folder, self.step, self.model, self.optimizer, facts, self.world)
 
-    def restore(self, state: checkpoint.State) -> None:
-        """The inverse of ``state``."""
-        self.optimizer.load_state_dict(
-            checkpoint.unflattened(state.tensors, state.facts["optimizer"])
-        )
-        self.scaler.load_state_dict(state.facts["scaler"])
-        self.step = state.step
+    def restore(self, folder: Path, facts: checkpoint.Facts) -> None:
+        """Goes on from a checkpoint; the model has its weights already."""
+        checkpoint.read_optimizer(folder, self.model, self.optimizer, self.world)
+        self.scaler.load_state_dict(facts["scaler"])
+        self.step = facts["step"]
 
 
 def fit(loop: Loop, run: Run, tokens_a_step: int) -> Record:

@@ -110,7 +110,7 @@ def train(config: TrainConfig, out: Path, *, world: World, resume: bool = False)
     block_size = config.model_config(256).block_size
     corpus = data.load(config.data, block_size)
     if resume:
-        folder, state = checkpoint.read(out)
+        folder, facts = checkpoint.newest(out)
         model = GPT.from_pretrained(folder, ops=config.ops)
         before = read_json(out / "run.json").get("data", {}).get("digest")
         if before != corpus.digest:
@@ -124,8 +124,8 @@ def train(config: TrainConfig, out: Path, *, world: World, resume: bool = False)
     loop = Loop(prepare(model, config, world), config, task, world)
     run = Run(out, config, {"data": {"name": corpus.name, "digest": corpus.digest}}, world)
     if resume:
-        loop.restore(state)
-        run.forget_after(state.step)
+        loop.restore(folder, facts)
+        run.forget_after(loop.step)
     if world.main:
         print(
             f"{model.num_params():,} parameters, {config.ops} ops on {world.device}; "
