@@ -6,7 +6,7 @@ and normalises both in one kernel (``add_layer_norm``), and hands on the next pa
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -259,6 +259,18 @@ class GPT(nn.Module):
             starts = cu_seqlens.long()
             positions = index - starts[torch.searchsorted(starts, index, right=True) - 1]
         return Place(positions, self.cos, self.sin, cu_seqlens, cache, lengths)
+
+    def generate(self, ids: Any, max_new_tokens: int | None = None, **options) -> list[Tensor]:
+        """Continues prompts: see ``fastlm.lm.generate``."""
+        from .generate import generate
+
+        return generate(self, ids, max_new_tokens, **options)
+
+    def stream(self, ids: Any, max_new_tokens: int | None = None, **options) -> Iterator[int]:
+        """The new tokens of one prompt as they are drawn: see ``fastlm.lm.generate``."""
+        from .generate import stream
+
+        return stream(self, ids, max_new_tokens, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder that ``from_pretrained`` and Hugging Face's ``transformers`` open."""
