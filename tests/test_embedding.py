@@ -80,22 +80,6 @@ def test_numbers_outside_the_table():
     assert weight.grad[:, 0].tolist() == [1, 2, 0, 0, 0]
 
 
-def test_agrees_with_pytorchs_own_samples():
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    info = next(op for op in op_db if op.name == "nn.functional.embedding")
-    for dtype in (torch.float32, torch.bfloat16):
-        for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
-            weight, (numbers,), options = sample.input, sample.args, sample.kwargs
-            if explain(embedding, numbers, weight, **options).endswith("is given."):
-                assert torch.equal(
-                    embedding(numbers, weight.clone(), **options),
-                    F.embedding(numbers, weight.clone(), **options),
-                )
-            else:
-                check(OP, {"input": numbers, "weight": weight} | options)
-
-
 @pytest.mark.parametrize(
     "options", [{"max_norm": 0.5}, {"scale_grad_by_freq": True}, {"sparse": True}]
 )
