@@ -221,7 +221,7 @@ def _activation(module: nn.Module) -> _Kind | str | None:
     name = type(module).__name__
     if not ("GELU" in name or "GeLU" in name or name.startswith("ReLUSquared")):
         return None
-    if list(module.parameters()) or list(module.children()):
+    if module._parameters or module._modules:
         return "it has parameters or modules of its own"
     if not _takes_one(type(module).forward):
         return "its forward takes other than one argument"
@@ -261,7 +261,7 @@ def _one_projection(op: Callable[..., Tensor]) -> Forward:
 _GATED = {
     "swiglu": swiglu,
     "geglu": geglu,
-    'geglu "tanh"': lambda *halves: geglu(*halves, approximate="tanh"),
+    'geglu "tanh"': lambda gate, up=None: geglu(gate, up, "tanh"),
 }
 
 
