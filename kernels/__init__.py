@@ -34,6 +34,7 @@ from .dropout import Dropout, dropout
 from .embedding import Embedding, embedding
 from .glu import geglu, swiglu
 from .layer_norm import LayerNorm, layer_norm
+from .patch import PatchReport, patch
 from .rms_norm import RMSNorm, rms_norm
 from .rotary import rotary_embedding
 from .softmax import log_softmax, softmax
@@ -71,6 +72,7 @@ __all__ = [
     "Embedding",
     "LayerNorm",
     "Op",
+    "PatchReport",
     "RMSNorm",
     "adamw_step",
     "add_layer_norm",
@@ -88,6 +90,7 @@ __all__ = [
     "layer_norm",
     "log_softmax",
     "merge_attention",
+    "patch",
     "register",
     "relu_squared",
     "rms_norm",
