@@ -4,6 +4,7 @@ from . import _dispatch, _interpreter
 from . import activations as _activations
 from . import add_norm as _add_norm
 from . import bias_gelu as _bias_gelu
+from . import cross_entropy as _cross_entropy
 from . import dropout as _dropout
 from . import embedding as _embedding
 from . import glu as _glu
@@ -30,6 +31,7 @@ from .attention import (
 from .attention import sdpa as _sdpa
 from .attention import varlen as _varlen
 from .bias_gelu import bias_gelu
+from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .dropout import Dropout, dropout
 from .embedding import Embedding, embedding
 from .glu import geglu, swiglu
@@ -52,6 +54,7 @@ OPS = {
         _rms_norm.OP,
         *_add_norm.OPS,
         *_softmax.OPS,
+        _cross_entropy.OP,
         _rotary.OP,
         *_activations.OPS,
         _bias_gelu.OP,
@@ -67,6 +70,7 @@ __all__ = [
     "OPS",
     "Adam",
     "AdamW",
+    "CrossEntropyLoss",
     "Dropout",
     "Embedding",
     "LayerNorm",
@@ -77,6 +81,7 @@ __all__ = [
     "add_rms_norm",
     "backend",
     "bias_gelu",
+    "cross_entropy",
     "dropout",
     "embedding",
     "explain",
