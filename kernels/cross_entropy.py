@@ -151,13 +151,13 @@ def _logits(ptrs, mask, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _mass(weight_ptr, target_ptr, cols, mask, V, smoothing, PROBS: tl.constexpr):
+def _mass(weight_ptr, target_ptr, cols, mask, smoothing, spread, PROBS: tl.constexpr):
     """q: what each class weighs in the row's loss, beside the target's own term."""
     if PROBS:
         t = tl.load(target_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        q = (1.0 - smoothing) * t + smoothing / V
+        q = (1.0 - smoothing) * t + spread
     else:
-        q = tl.zeros(cols.shape, tl.float32) + smoothing / V
+        q = tl.zeros(cols.shape, tl.float32) + spread
     if weight_ptr is not None:
         q *= tl.load(weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     return tl.where(mask, q, 0.0)
@@ -175,7 +175,7 @@ def _join(m, d, z):
 @triton.jit
 def row_statistics(
     x_ptr, weight_ptr, target_ptr,
-    begin, lead, count, V, pivot, smoothing, softcap,
+    begin, lead, count, V, pivot, smoothing, spread, softcap,
     PROBS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     EVEN: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
@@ -193,7 +193,7 @@ def row_statistics(
         z = _logits(x_ptrs + start, mask, softcap, HAS_SOFTCAP)
         m, d = _join(m, d, z)
         if HAS_MASS:
-            q = _mass(weight_ptr, target_ptr, lead + start + lanes, mask, V, smoothing, PROBS)
+            q = _mass(weight_ptr, target_ptr, lead + start + lanes, mask, smoothing, spread, PROBS)
             mass += tl.sum(q, 1)
             pull += tl.sum(tl.where(mask, q * (z - pivot), 0.0), 1)
     top = tl.max(m, 0)
@@ -208,25 +208,23 @@ def row_statistics(
     if not EVEN:
         total += tl.sum(tl.exp(z_ends - shift), 0)
         if HAS_MASS:
-            q = _mass(weight_ptr, target_ptr, cols, inside, V, smoothing, PROBS)
+            q = _mass(weight_ptr, target_ptr, cols, inside, smoothing, spread, PROBS)
             sum_q += tl.sum(q, 0)
             sum_qz += tl.sum(tl.where(inside, q * (z_ends - pivot), 0.0), 0)
     return top, total, sum_q, sum_qz
 
 
 @triton.jit
-def row_target(
-    target_ptr, weight_ptr, row, V, ignore_index,
-):  # fmt: skip
-    """A row's class, whether to ignore it, and w_y: 0 to ignore it, NaN for no class at all."""
+def row_target(target_ptr, weight_ptr, row, V, ignore_index):
+    """A row's class, whether it counts, and w_y: 0 where it does not, NaN for no class at all."""
     y = tl.load(target_ptr + row)
-    ignored = y == ignore_index
+    counts = y != ignore_index
     exists = (y >= 0) & (y < V)
     share = tl.where(exists, 1.0, float("nan"))
     y = tl.where(exists, y, 0)
     if weight_ptr is not None:
         share *= tl.load(weight_ptr + y).to(tl.float32)
-    return y, ignored, tl.where(ignored, 0.0, share)
+    return y, counts, tl.where(counts, share, 0.0)
 
 
 @triton.jit
@@ -235,58 +233,58 @@ def row_loss(m, d, mass, pull, z_y, pivot, share, keep, z_loss):
     log_d = tl.log(d)
     lse = m + log_d
     nll = log_d - (z_y - m)
-    return keep * share * nll + mass * (log_d + (m - pivot)) - pull + z_loss * share * lse * lse
+    squared = tl.where(z_loss == 0.0, 0.0, z_loss * share * lse * lse)  # lse^2 may overflow
+    return keep * share * nll + mass * (log_d + (m - pivot)) - pull + squared
+
+
+@triton.jit
+def _gradient(
+    x_ptrs, weight_ptr, target_ptr, cols, mask, y, m, a, b, g, smoothing, spread, softcap,
+    PROBS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Dx of some columns of a row."""
+    z = _logits(x_ptrs, mask, softcap, HAS_SOFTCAP)
+    dz = a * tl.exp(z - m) - tl.where(cols == y, b, 0.0)
+    if HAS_MASS:
+        dz -= g * _mass(weight_ptr, target_ptr, cols, mask, smoothing, spread, PROBS)
+    if HAS_SOFTCAP:
+        slope = 1.0 - (z / softcap) * (z / softcap)
+        dz = tl.where(mask, dz * slope, 0.0)  # off the mask the slope is infinite
+    return dz
 
 
 @triton.jit
 def write_gradient(
     x_ptr, dx_ptr, weight_ptr, target_ptr,
-    begin, dx_begin, lead, count, V, y, m, a, b, g, smoothing, softcap,
+    begin, dx_begin, lead, count, V, live, y, m, a, b, g, smoothing, spread, softcap,
     PROBS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     EVEN: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
-    """``dz = a exp(z - m) - b [c = y] - g q`` over a row; dx_ptr may be x_ptr."""
+    """``dz = a exp(z - m) - b [c = y] - g q`` over a row; dx_ptr may be x_ptr.
+
+    A row that is not live is not read: with a, b and g of 0 its gradient is 0.
+    """
     lanes = _lanes(BLOCK, LANE)
     x_ptrs = x_ptr + tl.multiple_of(begin + lead, LANE) + lanes
     dx_ptrs = dx_ptr + tl.multiple_of(dx_begin + lead, LANE) + lanes
     for start in range(0, count, BLOCK):
         mask = start + lanes < count
-        cols = lead + start + lanes
-        z = _logits(x_ptrs + start, mask, softcap, HAS_SOFTCAP)
-        dz = a * tl.exp(z - m) - tl.where(cols == y, b, 0.0)
-        if HAS_MASS:
-            dz -= g * _mass(weight_ptr, target_ptr, cols, mask, V, smoothing, PROBS)
-        if HAS_SOFTCAP:
-            dz *= 1.0 - (z / softcap) * (z / softcap)
+        dz = _gradient(
+            x_ptrs + start, weight_ptr, target_ptr, lead + start + lanes, mask & live,
+            y, m, a, b, g, smoothing, spread, softcap, PROBS, HAS_MASS, HAS_SOFTCAP,
+        )  # fmt: skip
         tl.store(dx_ptrs + start, dz, mask=mask)
     if not EVEN:
-        cols, inside = _ends(lead, count, V, LANE)
-        z = _logits(x_ptr + begin + cols, inside, softcap, HAS_SOFTCAP)
-        dz = a * tl.exp(z - m) - tl.where(cols == y, b, 0.0)
-        if HAS_MASS:
-            dz -= g * _mass(weight_ptr, target_ptr, cols, inside, V, smoothing, PROBS)
-        if HAS_SOFTCAP:
-            dz *= 1.0 - (z / softcap) * (z / softcap)
-        tl.store(dx_ptr + dx_begin + cols, dz, mask=inside)
-
-
-@triton.jit
-def write_zeros(
-    dx_ptr, dx_begin, lead, count, V, EVEN: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr
-):
-    """A row of zeros, in stores as wide as those of a gradient."""
-    lanes = _lanes(BLOCK, LANE)
-    dx_ptrs = dx_ptr + tl.multiple_of(dx_begin + lead, LANE) + lanes
-    zeros = tl.zeros([BLOCK // LANE, LANE], tl.float32)
-    for start in range(0, count, BLOCK):
-        tl.store(dx_ptrs + start, zeros, mask=start + lanes < count)
-    if not EVEN:
-        cols, inside = _ends(lead, count, V, LANE)
-        tl.store(dx_ptr + dx_begin + cols, tl.zeros([2 * LANE], tl.float32), mask=inside)
+        cols, mask = _ends(lead, count, V, LANE)
+        dz = _gradient(
+            x_ptr + begin + cols, weight_ptr, target_ptr, cols, mask & live,
+            y, m, a, b, g, smoothing, spread, softcap, PROBS, HAS_MASS, HAS_SOFTCAP,
+        )  # fmt: skip
+        tl.store(dx_ptr + dx_begin + cols, dz, mask=mask)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
-def _forward_kernel(  # noqa: C901
+def _forward_kernel(
     x_ptr, target_ptr, weight_ptr, loss_ptr, share_ptr, stats_ptr, lse_ptr,
     stride_xm, stride_tm, M, V, ignore_index, smoothing, z_loss, softcap,
     PROBS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -294,37 +292,31 @@ def _forward_kernel(  # noqa: C901
 ):  # fmt: skip
     """One program a row."""
     row = tl.program_id(0).to(tl.int64)
-    begin, lead, count = aligned_part(row, stride_xm, V, EVEN, LANE)
+    read = V
     if PROBS:
         y, share, keep = 0, 1.0, 0.0
         target_ptr += row * stride_tm
     else:
-        y, ignored, share = row_target(target_ptr, weight_ptr, row, V, ignore_index)
+        y, counts, share = row_target(target_ptr, weight_ptr, row, V, ignore_index)
         keep = 1.0 - smoothing
-        if lse_ptr is None:  # noqa: SIM102
-            if ignored:
-                tl.store(loss_ptr + row, 0.0)
-                if share_ptr is not None:
-                    tl.store(share_ptr + row, 0.0)
-                tl.store(stats_ptr + row, 0.0)
-                tl.store(stats_ptr + M + row, 1.0)
-                if HAS_MASS:
-                    tl.store(stats_ptr + 2 * M + row, 0.0)
-                return
+        read = tl.where(counts | (lse_ptr is not None), V, 0)
+    begin, lead, count = aligned_part(row, stride_xm, read, EVEN, LANE)
     z_y = tl.load(x_ptr + begin + y).to(tl.float32)
     if HAS_SOFTCAP:
         z_y = capped(z_y, softcap)
     pivot = tl.where(z_y == float("-inf"), 0.0, z_y)
     m, d, mass, pull = row_statistics(
         x_ptr, weight_ptr, target_ptr,
-        begin, lead, count, V, pivot, smoothing, softcap,
+        begin, lead, count, read, pivot, smoothing, smoothing / V, softcap,
         PROBS, HAS_MASS, HAS_SOFTCAP, EVEN, BLOCK, LANE,
     )  # fmt: skip
     if PROBS:
         loss = row_loss(m, d, mass, pull, pivot, pivot, share, keep, z_loss)
     else:
         loss = row_loss(m, d, mass, pull, z_y, pivot, share, keep, z_loss)
-        loss = tl.where(ignored, 0.0, loss)
+        loss = tl.where(counts, loss, 0.0)
+        m = tl.where(read == 0, 0.0, m)  # not of nothing: the backward multiplies it by 0
+        d = tl.where(read == 0, 1.0, d)
     tl.store(loss_ptr + row, loss)
     if share_ptr is not None:
         tl.store(share_ptr + row, share)
@@ -366,17 +358,12 @@ def _backward_kernel(
     """One program a row; dx may be x."""
     row = tl.program_id(0).to(tl.int64)
     begin, lead, count = aligned_part(row, stride_xm, V, EVEN, LANE)
-    dx_begin = row * stride_dxm
     if PROBS:
-        y, share, keep = -1, 1.0, 0.0
+        y, counts, share, keep = -1, row >= 0, 1.0, 0.0
         target_ptr += row * stride_tm
     else:
-        y, ignored, share = row_target(target_ptr, weight_ptr, row, V, ignore_index)
+        y, counts, share = row_target(target_ptr, weight_ptr, row, V, ignore_index)
         keep = 1.0 - smoothing
-        if dlse_ptr is None:  # noqa: SIM102
-            if ignored:
-                write_zeros(dx_ptr, dx_begin, lead, count, V, EVEN, BLOCK, LANE)
-                return
     m = tl.load(stats_ptr + row)
     d = tl.load(stats_ptr + M + row)
     g = tl.load(dloss_ptr + row * stride_dloss).to(tl.float32)
@@ -385,17 +372,15 @@ def _backward_kernel(
     a = keep * share + 2.0 * z_loss * share * (m + tl.log(d))
     if HAS_MASS:
         a += tl.load(stats_ptr + 2 * M + row)
-    a *= g
-    b = g * keep * share
-    if dlse_ptr is not None:
-        if not PROBS:  # an ignored row has no loss, and an lse all the same
-            a = tl.where(ignored, 0.0, a)
-            b = tl.where(ignored, 0.0, b)
-            g = tl.where(ignored, 0.0, g)
+    g = tl.where(counts, g, 0.0)  # where no row does, 0 / 0
+    a = tl.where(counts, a * g, 0.0)
+    if dlse_ptr is not None:  # an ignored row has no loss, and an lse all the same
         a += tl.load(dlse_ptr + row * stride_dlse).to(tl.float32)
+        counts = row >= 0
     write_gradient(
         x_ptr, dx_ptr, weight_ptr, target_ptr,
-        begin, dx_begin, lead, count, V, y, m, a / d, b, g, smoothing, softcap,
+        begin, row * stride_dxm, lead, count, V, counts, y, m, a / d, g * keep * share, g,
+        smoothing, smoothing / V, softcap,
         PROBS, HAS_MASS, HAS_SOFTCAP, EVEN, BLOCK, LANE,
     )  # fmt: skip
 
