@@ -256,28 +256,29 @@ def _gradient(
 @triton.jit
 def write_gradient(
     x_ptr, dx_ptr, weight_ptr, target_ptr,
-    begin, dx_begin, lead, count, V, live, y, m, a, b, g, smoothing, spread, softcap,
+    begin, dx_begin, lead, count, V, read, y, m, a, b, g, smoothing, spread, softcap,
     PROBS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     EVEN: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     """``dz = a exp(z - m) - b [c = y] - g q`` over a row; dx_ptr may be x_ptr.
 
-    A row that is not live is not read: with a, b and g of 0 its gradient is 0.
+    read: V; or 0, and then nothing is: with a, b and g of 0 the gradient is 0.
     """
     lanes = _lanes(BLOCK, LANE)
     x_ptrs = x_ptr + tl.multiple_of(begin + lead, LANE) + lanes
     dx_ptrs = dx_ptr + tl.multiple_of(dx_begin + lead, LANE) + lanes
+    count_read = tl.multiple_of(tl.minimum(count, read), LANE)
     for start in range(0, count, BLOCK):
-        mask = start + lanes < count
+        mask = start + lanes < count_read
         dz = _gradient(
-            x_ptrs + start, weight_ptr, target_ptr, lead + start + lanes, mask & live,
+            x_ptrs + start, weight_ptr, target_ptr, lead + start + lanes, mask,
             y, m, a, b, g, smoothing, spread, softcap, PROBS, HAS_MASS, HAS_SOFTCAP,
         )  # fmt: skip
-        tl.store(dx_ptrs + start, dz, mask=mask)
+        tl.store(dx_ptrs + start, dz, mask=start + lanes < count)
     if not EVEN:
         cols, mask = _ends(lead, count, V, LANE)
         dz = _gradient(
-            x_ptr + begin + cols, weight_ptr, target_ptr, cols, mask & live,
+            x_ptr + begin + cols, weight_ptr, target_ptr, cols, mask & (cols < read),
             y, m, a, b, g, smoothing, spread, softcap, PROBS, HAS_MASS, HAS_SOFTCAP,
         )  # fmt: skip
         tl.store(dx_ptr + dx_begin + cols, dz, mask=mask)
@@ -374,12 +375,12 @@ def _backward_kernel(
         a += tl.load(stats_ptr + 2 * M + row)
     g = tl.where(counts, g, 0.0)  # where no row does, 0 / 0
     a = tl.where(counts, a * g, 0.0)
+    read = tl.where(counts | (dlse_ptr is not None), V, 0)
     if dlse_ptr is not None:  # an ignored row has no loss, and an lse all the same
         a += tl.load(dlse_ptr + row * stride_dlse).to(tl.float32)
-        counts = row >= 0
     write_gradient(
         x_ptr, dx_ptr, weight_ptr, target_ptr,
-        begin, row * stride_dxm, lead, count, V, counts, y, m, a / d, g * keep * share, g,
+        begin, row * stride_dxm, lead, count, V, read, y, m, a / d, g * keep * share, g,
         smoothing, smoothing / V, softcap,
         PROBS, HAS_MASS, HAS_SOFTCAP, EVEN, BLOCK, LANE,
     )  # fmt: skip
