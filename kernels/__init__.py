@@ -9,6 +9,7 @@ from . import dropout as _dropout
 from . import embedding as _embedding
 from . import glu as _glu
 from . import layer_norm as _layer_norm
+from . import linear_cross_entropy as _linear_cross_entropy
 from . import rms_norm as _rms_norm
 from . import rotary as _rotary
 from . import softmax as _softmax
@@ -36,6 +37,7 @@ from .dropout import Dropout, dropout
 from .embedding import Embedding, embedding
 from .glu import geglu, swiglu
 from .layer_norm import LayerNorm, layer_norm
+from .linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from .rms_norm import RMSNorm, rms_norm
 from .rotary import rotary_embedding
 from .softmax import log_softmax, softmax
@@ -55,6 +57,7 @@ OPS = {
         *_add_norm.OPS,
         *_softmax.OPS,
         _cross_entropy.OP,
+        _linear_cross_entropy.OP,
         _rotary.OP,
         *_activations.OPS,
         _bias_gelu.OP,
@@ -74,6 +77,7 @@ __all__ = [
     "Dropout",
     "Embedding",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "Op",
     "RMSNorm",
     "adamw_step",
@@ -91,6 +95,7 @@ __all__ = [
     "geglu",
     "gelu",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "merge_attention",
     "register",
