@@ -1,8 +1,5 @@
 """What is special about cross_entropy: values, targets, options, memory, PyTorch's samples."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -336,32 +333,19 @@ def test_a_padded_view_keeps_its_distance_to_boundaries(n):
     assert dx.stride(0) - x.shape[1] < 8
 
 
-INT64 = """
-import torch
-from fastlm.kernels import cross_entropy
-from fastlm.kernels._interpreter import interpreted
-stride = 2**30 + 64
-x = torch.empty(3 * stride + 128, dtype=torch.bfloat16).as_strided((4, 100), (stride, 1))
-values = torch.randn(4, 100).bfloat16()
-for row in range(4):
-    x[row] = values[row]
-target = torch.tensor([5, 99, 0, 7])
-with interpreted():
-    a, b = x.requires_grad_(), values.requires_grad_()
-    found = cross_entropy(a, target)
-    torch.testing.assert_close(found, cross_entropy(b, target))
-    got, = torch.autograd.grad(found, a)
-    want, = torch.autograd.grad(cross_entropy(b, target), b)
-assert torch.equal(got, want)
-"""
-
-
-def test_rows_past_2_to_the_31_elements():
-    """In a process of its own: a 32-bit address would end it."""
-    run = subprocess.run(
-        [sys.executable, "-c", INT64], cwd="/", capture_output=True, text=True, timeout=120
-    )
-    assert run.returncode == 0, run.stderr
+@KERNELS
+def test_rows_past_two_to_the_31_elements():
+    """Rows a gigabyte apart in memory that is mapped and never touched between them."""
+    stride = 2**30 + 64
+    values = torch.randn(4, 100)
+    torch.use_deterministic_algorithms(False)  # it would fill the memory
+    x = torch.empty(3 * stride + 128, dtype=torch.bfloat16).as_strided((4, 100), (stride, 1))
+    x.copy_(values)
+    found = []
+    for logits in (x.requires_grad_(), values.bfloat16().requires_grad_()):
+        loss = cross_entropy(logits, torch.tensor([5, 99, 0, 7]))
+        found.append((loss, *torch.autograd.grad(loss, logits)))
+    torch.testing.assert_close(*found)
 
 
 # --- PyTorch ------------------------------------------------------------------------------------
@@ -383,11 +367,6 @@ def test_samples_of_pytorch(dtype):
             kernels += "interpreter" in explain(cross_entropy, **found)
             check(OP, found)
     assert kernels >= 20
-    for error in info.error_inputs("cpu"):
-        sample = error.sample_input
-        for context in (interpreted(), backend("auto")):
-            with context, pytest.raises(error.error_type, match=error.error_regex):
-                cross_entropy(sample.input, *sample.args, **sample.kwargs)
 
 
 @KERNELS
