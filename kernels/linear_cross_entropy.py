@@ -972,7 +972,7 @@ OP = Op(
         {"N": 1, "H": 1, "V": 1},
         {"N": 7, "H": 40, "V": 131, "bias": True, "label_smoothing": 0.1, "chunk_size": 3},
         {
-            "N": 17,
+            "N": 37,
             "H": 33,
             "V": 150,
             "bias": True,
