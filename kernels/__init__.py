@@ -4,10 +4,12 @@ from . import _dispatch, _interpreter
 from . import activations as _activations
 from . import add_norm as _add_norm
 from . import bias_gelu as _bias_gelu
+from . import cross_entropy as _cross_entropy
 from . import dropout as _dropout
 from . import embedding as _embedding
 from . import glu as _glu
 from . import layer_norm as _layer_norm
+from . import linear_cross_entropy as _linear_cross_entropy
 from . import rms_norm as _rms_norm
 from . import rotary as _rotary
 from . import softmax as _softmax
@@ -30,10 +32,12 @@ from .attention import (
 from .attention import sdpa as _sdpa
 from .attention import varlen as _varlen
 from .bias_gelu import bias_gelu
+from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .dropout import Dropout, dropout
 from .embedding import Embedding, embedding
 from .glu import geglu, swiglu
 from .layer_norm import LayerNorm, layer_norm
+from .linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from .patch import PatchReport, patch
 from .rms_norm import RMSNorm, rms_norm
 from .rotary import rotary_embedding
@@ -53,6 +57,8 @@ OPS = {
         _rms_norm.OP,
         *_add_norm.OPS,
         *_softmax.OPS,
+        _cross_entropy.OP,
+        _linear_cross_entropy.OP,
         _rotary.OP,
         *_activations.OPS,
         _bias_gelu.OP,
@@ -68,9 +74,11 @@ __all__ = [
     "OPS",
     "Adam",
     "AdamW",
+    "CrossEntropyLoss",
     "Dropout",
     "Embedding",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "Op",
     "PatchReport",
     "RMSNorm",
@@ -79,6 +87,7 @@ __all__ = [
     "add_rms_norm",
     "backend",
     "bias_gelu",
+    "cross_entropy",
     "dropout",
     "embedding",
     "explain",
@@ -88,6 +97,7 @@ __all__ = [
     "geglu",
     "gelu",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "merge_attention",
     "patch",
