@@ -7,6 +7,7 @@ from . import bias_gelu as _bias_gelu
 from . import dropout as _dropout
 from . import embedding as _embedding
 from . import glu as _glu
+from . import int8_linear as _int8_linear
 from . import layer_norm as _layer_norm
 from . import rms_norm as _rms_norm
 from . import rotary as _rotary
@@ -33,6 +34,7 @@ from .bias_gelu import bias_gelu
 from .dropout import Dropout, dropout
 from .embedding import Embedding, embedding
 from .glu import geglu, swiglu
+from .int8_linear import Int8Linear, dequantize_int8, int8_linear, quantize_int8
 from .layer_norm import LayerNorm, layer_norm
 from .rms_norm import RMSNorm, rms_norm
 from .rotary import rotary_embedding
@@ -58,6 +60,7 @@ OPS = {
         *_glu.OPS,
         _dropout.OP,
         _embedding.OP,
+        _int8_linear.OP,
         _adam_step.OP,
     )
 }
@@ -69,6 +72,7 @@ __all__ = [
     "AdamW",
     "Dropout",
     "Embedding",
+    "Int8Linear",
     "LayerNorm",
     "Op",
     "RMSNorm",
@@ -77,6 +81,7 @@ __all__ = [
     "add_rms_norm",
     "backend",
     "bias_gelu",
+    "dequantize_int8",
     "dropout",
     "embedding",
     "explain",
@@ -85,9 +90,11 @@ __all__ = [
     "flash_attention_varlen",
     "geglu",
     "gelu",
+    "int8_linear",
     "layer_norm",
     "log_softmax",
     "merge_attention",
+    "quantize_int8",
     "register",
     "relu_squared",
     "rms_norm",
