@@ -77,21 +77,22 @@ def int8_to_float(q):
 def _sum_shares_kernel(
     part_ptr, scale_ptr, bias_ptr, y_ptr,
     M, N, SHARES,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Sums the shares of K in order, so that two runs agree to the bit."""
+    """Sums all shares of K in one fixed order, so that two runs agree to the bit."""
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < N
-    y = tl.zeros([BLOCK], tl.float32)
-    for share in range(SHARES):
-        place = (tl.cast(share, tl.int64) * M + row) * N + cols
-        y += tl.load(part_ptr + place, mask=mask, other=0.0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    shares = tl.arange(0, BLOCK_S).to(tl.int64)[:, None]
+    mask_n = n < N
+    part_ptrs = part_ptr + (shares * M + row) * N + n[None, :]
+    mask = (shares < SHARES) & mask_n[None, :]
+    y = tl.sum(tl.load(part_ptrs, mask=mask, other=0.0), 0)
     if HAS_SCALE:
-        y *= tl.load(scale_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        y *= tl.load(scale_ptr + n, mask=mask_n, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * N + cols, y, mask=mask)
+        y += tl.load(bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * N + n, y, mask=mask_n)
 
 
 def shares_of(tiles: int, steps: int, device: torch.device) -> int:
@@ -105,10 +106,12 @@ def shares_of(tiles: int, steps: int, device: torch.device) -> int:
 def sum_shares(parts: Tensor, scales: Tensor | None, bias: Tensor | None, y: Tensor) -> None:
     """Writes the sum of (shares, M, N) float32 parts, scaled and biased, into ``y`` (M, N)."""
     shares, M, N = parts.shape
-    _sum_shares_kernel[(M, triton.cdiv(N, 1024))](
+    block_s = triton.next_power_of_2(shares)
+    _sum_shares_kernel[(M, triton.cdiv(N, 512))](
         parts, scales, bias, y,
         M, N, shares,
-        HAS_SCALE=scales is not None, HAS_BIAS=bias is not None, BLOCK=1024, num_warps=4,
+        HAS_SCALE=scales is not None, HAS_BIAS=bias is not None,
+        BLOCK_S=block_s, BLOCK_N=512, num_warps=4,
     )  # fmt: skip
 
 

@@ -5,8 +5,8 @@ Backward (of x and bias): dx_k = sum_n dy_n (scale_n q_nk), the weight rounded t
 
 Few rows (decoding) are bound by reading the weights, a byte each, half of bfloat16: multiply-adds
 on the weights as they come. More rows go through tensor cores: codes are loaded as bytes and become
-numbers of x's dtype, which holds them exactly, in registers. Saved for the backward: nothing but the
-weight itself.
+numbers of x's dtype, which holds them exactly, in registers. Saved for the backward: nothing but
+the weight itself.
 """
 
 import torch
@@ -131,34 +131,30 @@ def _tile_kernel(
     HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program takes a tile of the output over its share of K: all of it where WHOLE.
-
-    The weight is the left operand, which tensor cores of sm_90 take from registers, where its codes
-    have become numbers.
-    """
+    """A program takes a tile of the output over its share of K: all of it where WHOLE."""
     program = tl.program_id(0).to(tl.int64)
     tiles_m = tl.cdiv(M, BLOCK_M)  # the tiles that share weights run together
     m = program % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = program // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     mask_m, mask_n = m < M, n < N
-    q_ptrs = q_ptr + n[:, None] * stride_qn + k[None, :]
-    x_ptrs = x_ptr + m[None, :] * stride_xm + k[:, None]
+    q_ptrs = q_ptr + n[None, :] * stride_qn + k[:, None]
+    x_ptrs = x_ptr + m[:, None] * stride_xm + k[None, :]
     begin = tl.program_id(1) * share
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(begin, tl.minimum(begin + share, K), BLOCK_K):
         inside = k < K - start
-        q = tl.load(q_ptrs + start, mask=mask_n[:, None] & inside[None, :], other=0)
-        x = tl.load(x_ptrs + start, mask=mask_m[None, :] & inside[:, None], other=0.0)
-        acc = tl.dot(int8_to_float(q).to(x.dtype), x, acc, input_precision="tf32x3")
-    mask = mask_n[:, None] & mask_m[None, :]
+        q = tl.load(q_ptrs + start, mask=mask_n[None, :] & inside[:, None], other=0)
+        x = tl.load(x_ptrs + start, mask=mask_m[:, None] & inside[None, :], other=0.0)
+        acc = tl.dot(x, int8_to_float(q).to(x.dtype), acc, input_precision="tf32x3")
+    mask = mask_m[:, None] & mask_n[None, :]
     if WHOLE:
-        acc *= tl.load(scale_ptr + n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        acc *= tl.load(scale_ptr + n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         if HAS_BIAS:
-            acc += tl.load(bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+            acc += tl.load(bias_ptr + n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     else:
         out_ptr += tl.program_id(1).to(tl.int64) * M * N
-    tl.store(out_ptr + m[None, :] * N + n[:, None], acc, mask=mask)
+    tl.store(out_ptr + m[:, None] * N + n[None, :], acc, mask=mask)
 
 
 @triton.jit
@@ -208,7 +204,7 @@ def _tile(M: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:  # three tf32 products hold both halves of each operand
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     if M <= 16:
-        return {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
     if M <= 64:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
@@ -244,7 +240,7 @@ def _save_weight(ctx, inputs, output):
 def _gradients(ctx, dy):
     x_wants, _, _, bias_wants = ctx.needs_input_grad
     dx = _backward(dy, *ctx.saved_tensors) if x_wants else None
-    return dx, None, None, dy.flatten(0, -2).sum(0) if bias_wants else None
+    return dx, None, None, dy.contiguous().view(-1, dy.shape[-1]).sum(0) if bias_wants else None
 
 
 def _gradient_of_dy(ctx, ddx):
