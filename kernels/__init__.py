@@ -7,6 +7,7 @@ from . import bias_gelu as _bias_gelu
 from . import dropout as _dropout
 from . import embedding as _embedding
 from . import glu as _glu
+from . import int4_linear as _int4_linear
 from . import int8_linear as _int8_linear
 from . import layer_norm as _layer_norm
 from . import rms_norm as _rms_norm
@@ -34,6 +35,7 @@ from .bias_gelu import bias_gelu
 from .dropout import Dropout, dropout
 from .embedding import Embedding, embedding
 from .glu import geglu, swiglu
+from .int4_linear import Int4Linear, dequantize_int4, int4_linear, quantize_int4
 from .int8_linear import Int8Linear, dequantize_int8, int8_linear, quantize_int8
 from .layer_norm import LayerNorm, layer_norm
 from .rms_norm import RMSNorm, rms_norm
@@ -61,6 +63,7 @@ OPS = {
         _dropout.OP,
         _embedding.OP,
         _int8_linear.OP,
+        _int4_linear.OP,
         _adam_step.OP,
     )
 }
@@ -72,6 +75,7 @@ __all__ = [
     "AdamW",
     "Dropout",
     "Embedding",
+    "Int4Linear",
     "Int8Linear",
     "LayerNorm",
     "Op",
@@ -81,6 +85,7 @@ __all__ = [
     "add_rms_norm",
     "backend",
     "bias_gelu",
+    "dequantize_int4",
     "dequantize_int8",
     "dropout",
     "embedding",
@@ -90,10 +95,12 @@ __all__ = [
     "flash_attention_varlen",
     "geglu",
     "gelu",
+    "int4_linear",
     "int8_linear",
     "layer_norm",
     "log_softmax",
     "merge_attention",
+    "quantize_int4",
     "quantize_int8",
     "register",
     "relu_squared",
