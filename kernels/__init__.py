@@ -12,6 +12,7 @@ from . import int8_linear as _int8_linear
 from . import layer_norm as _layer_norm
 from . import rms_norm as _rms_norm
 from . import rotary as _rotary
+from . import sampling as _sampling
 from . import softmax as _softmax
 from ._dispatch import backend, explain
 from ._op import Op
@@ -40,6 +41,7 @@ from .int8_linear import Int8Linear, dequantize_int8, int8_linear, quantize_int8
 from .layer_norm import LayerNorm, layer_norm
 from .rms_norm import RMSNorm, rms_norm
 from .rotary import rotary_embedding
+from .sampling import sample
 from .softmax import log_softmax, softmax
 
 if _dispatch._cpu_runner == "interpreter":
@@ -64,6 +66,7 @@ OPS = {
         _embedding.OP,
         _int8_linear.OP,
         _int4_linear.OP,
+        _sampling.OP,
         _adam_step.OP,
     )
 }
@@ -106,6 +109,7 @@ __all__ = [
     "relu_squared",
     "rms_norm",
     "rotary_embedding",
+    "sample",
     "scaled_dot_product_attention",
     "softmax",
     "swiglu",
