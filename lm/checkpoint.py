@@ -65,7 +65,8 @@ def write(
     weights: dict[str, Any] = get_model_state_dict(model, options=whole)  # the main process's
     with _alone(world) as no_dist:
         writer = HuggingFaceStorageWriter(str(part / "optimizer"), save_distributed=True)
-        dcp.save(_tensors(_optimizer_state(model, optimizer)), storage_writer=writer, no_dist=no_dist)
+        tensors = _tensors(_optimizer_state(model, optimizer))
+        dcp.save(tensors, storage_writer=writer, no_dist=no_dist)
     if world.main:
         hf.save(inner(model), part, weights)
         (part / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
