@@ -18,7 +18,7 @@ import triton
 import fastlm
 
 from . import checkpoint
-from .parallel import World, inner
+from .parallel import World
 from .picture import line_chart
 
 if TYPE_CHECKING:
@@ -70,11 +70,10 @@ class Run:
 
     def save(self, loop: "Loop") -> None:
         """Writes a checkpoint, the model at the top of the folder, and the picture."""
-        state = loop.state()
+        folder = loop.save(self.folder)
         if self.world.main:
-            model = inner(loop.model)
-            folder = checkpoint.write(self.folder, state, model.save_pretrained, self.config.keep)
             checkpoint.publish(self.folder, folder)
+            checkpoint.remove_old(self.folder, self.config.keep)
             draw(self.folder)
         self.world.wait()
 
