@@ -295,7 +295,8 @@ class GPT(nn.Module):
         """The model of a folder that we or ``transformers`` saved, in evaluation mode.
 
         Args:
-            folder: Holds config.json and model.safetensors, or the latter's shards.
+            folder: Holds config.json and model.safetensors, or the latter's shards; or a .gguf file
+                of a Llama model.
             ops: As ``GPT``.
             device: Where its parameters go.
             dtype: Of its parameters; None: as stored.
@@ -303,8 +304,9 @@ class GPT(nn.Module):
         Raises:
             ValueError: A file that is missing, damaged, of another format or another model.
         """
-        from .hf import load
+        from . import gguf, hf
 
+        load = gguf.load if str(folder).endswith(".gguf") else hf.load
         return load(folder, ops, device=device, dtype=dtype)
 
     def num_params(self) -> int:

@@ -149,13 +149,19 @@ class HubTokenizer:
     Args:
         inner: The package's object.
         end: The text of the token that ends a text, if there is one.
+        chat_template: Jinja that makes a text of a conversation, kept for ``transformers``.
 
     Raises:
         ValueError: Its vocabulary is empty, or ``end`` is not in it.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, end: str | None = None):
-        self.inner, self.end = inner, end
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        end: str | None = None,
+        chat_template: str | None = None,
+    ):
+        self.inner, self.end, self.chat_template = inner, end, chat_template
         vocabulary = inner.get_vocab(with_added_tokens=True)
         if inner.get_vocab_size(with_added_tokens=False) == 0:
             raise ValueError("tokenizer: the vocabulary must not be empty; got 0 tokens")
@@ -184,7 +190,7 @@ class HubTokenizer:
         """Writes tokenizer.json and tokenizer_config.json."""
         with replacing(Path(folder) / FILE) as file:
             self.inner.save(str(file))
-        _write_config(Path(folder), self.end)
+        _write_config(Path(folder), self.end, self.chat_template)
 
 
 class _HubStream:
@@ -220,7 +226,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
     Args:
         source: ``"bytes"``; a folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt
-            (or encoder.json and vocab.bpe); or a tokenizer.json itself. Nothing is downloaded.
+            (or encoder.json and vocab.bpe); or a tokenizer.json or a .gguf file itself. Nothing is
+            downloaded.
 
     Raises:
         ValueError: There is none, it is damaged or its vocabulary is empty; or the package
@@ -229,6 +236,10 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if str(source) == "bytes":
         return ByteTokenizer()
     path = Path(source)
+    if path.suffix == ".gguf":
+        from .gguf import tokenizer_of
+
+        return tokenizer_of(path)
     if path.is_file():
         return _from_json(path)
     if (path / FILE).is_file():
@@ -248,20 +259,20 @@ def _from_json(path: Path) -> Tokenizer:
     specials = _byte_specials(data)
     if specials is not None:
         return ByteTokenizer(specials)
-    library = _library(path)
+    package = library(path)
     try:
-        inner = library.Tokenizer.from_file(str(path))
+        inner = package.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing more exact
         raise ValueError(f"{path} must be a tokenizer of Hugging Face; {error}") from None
     try:
-        return HubTokenizer(inner, _end_of(path.parent, inner))
+        return HubTokenizer(inner, *_custom(path.parent, inner))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def _from_gpt2(vocabulary: Path, merges: Path) -> Tokenizer:
     """GPT-2's byte pairs (Radford et al. 2019) from its two files."""
-    library = _library(vocabulary)
+    package = library(vocabulary)
     numbers = read_json(vocabulary)
     pairs = []
     for line in merges.read_text(encoding="utf-8").splitlines():
@@ -275,16 +286,17 @@ def _from_gpt2(vocabulary: Path, merges: Path) -> Tokenizer:
     missing = [letter for letter in _byte_letters() if letter not in numbers]
     if missing:
         raise ValueError(f"{vocabulary} must hold all 256 bytes; it lacks {missing[0]!r}")
-    inner = library.Tokenizer(library.models.BPE(numbers, pairs))
-    inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = library.decoders.ByteLevel()
+    inner = package.Tokenizer(package.models.BPE(numbers, pairs))
+    inner.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = package.decoders.ByteLevel()
     end = _GPT2_END if _GPT2_END in numbers else None
     if end is not None:
         inner.add_special_tokens([end])
     return HubTokenizer(inner, end)
 
 
-def _library(path: Path) -> Any:
+def library(path: Path) -> Any:
+    """The package ``tokenizers``, which ``path`` wants. Raises ValueError where it is missing."""
     try:
         import tokenizers
         import tokenizers.decoders
@@ -297,14 +309,17 @@ def _library(path: Path) -> Any:
     return tokenizers
 
 
-def _end_of(folder: Path, inner: tokenizers.Tokenizer) -> str | None:
-    """The text of the token that ends a text, by the file beside or by custom."""
-    if (folder / "tokenizer_config.json").is_file():
-        named = read_json(folder / "tokenizer_config.json").get("eos_token")
-        if named is not None:
-            return named["content"] if isinstance(named, dict) else named
-    usual = (_GPT2_END, "</s>", "<|im_end|>")
-    return next((token for token in usual if inner.token_to_id(token) is not None), None)
+def _custom(folder: Path, inner: tokenizers.Tokenizer) -> tuple[str | None, str | None]:
+    """The text of the token that ends a text, and the chat template, by the file beside."""
+    config = folder / "tokenizer_config.json"
+    said = read_json(config) if config.is_file() else {}
+    end, template = said.get("eos_token"), said.get("chat_template")
+    if isinstance(end, dict):
+        end = end.get("content")
+    if end is None:
+        usual = (_GPT2_END, "</s>", "<|im_end|>")
+        end = next((token for token in usual if inner.token_to_id(token) is not None), None)
+    return end, template if isinstance(template, str) else None
 
 
 def _byte_specials(data: dict[str, Any]) -> list[str] | None:
@@ -327,9 +342,11 @@ def _byte_letters() -> list[str]:
     return [chr(stand_ins.get(byte, byte)) for byte in range(256)]
 
 
-def _write_config(folder: Path, end: str | None) -> None:
+def _write_config(folder: Path, end: str | None, chat_template: str | None = None) -> None:
     data = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
     data["clean_up_tokenization_spaces"] = False
+    if chat_template is not None:
+        data["chat_template"] = chat_template
     _write_json(folder / "tokenizer_config.json", data)
 
 
