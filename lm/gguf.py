@@ -204,7 +204,7 @@ def config_of(file: Gguf) -> GPTConfig:
         n_embd=file.fact("llama.embedding_length"),
         n_inner=file.fact("llama.feed_forward_length"),
         norm="rms",
-        norm_eps=file.fact("llama.attention.layer_norm_rms_epsilon"),
+        norm_eps=float(f"{file.fact('llama.attention.layer_norm_rms_epsilon'):.7g}"),  # of float32
         position="rotary",
         rope_theta=file.facts.get("llama.rope.freq_base", 10000.0),
         activation="swiglu",

@@ -120,10 +120,7 @@ def tensors_of(model: GPT) -> dict[str, tuple[tuple[int, ...], int, bytes]]:
 
 def test_model(model, tmp_path):
     found = GPT.from_pretrained(write(tmp_path / "x.gguf", FACTS, tensors_of(model)))
-    assert found.config == model.config or found.config.to_dict() | {
-        "head_dim": None,
-        "norm_eps": 1e-5,
-    } == model.config.to_dict() | {"head_dim": None}
+    assert found.config == model.config
     for name, value in model.state_dict().items():
         assert torch.equal(found.state_dict()[name], value), name
 
@@ -164,7 +161,7 @@ def test_tokenizer(tmp_path):
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").encode("ab 12") == [3, 6, 4, 5]
     assert load_tokenizer(tmp_path / "saved").chat_template == "{{ messages }}"
-    with pytest.raises(ValueError, match="must be byte pairs .*; got 'llama' split as 'smollm'"):
+    with pytest.raises(ValueError, match=r"must be byte pairs .*; got 'llama' split as 'smollm'"):
         load_tokenizer(write(tmp_path / "y.gguf", {**facts, "tokenizer.ggml.model": "llama"}, {}))
 
 
