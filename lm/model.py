@@ -8,6 +8,7 @@ and normalises both in one kernel (``add_layer_norm``), and hands on the next pa
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -255,6 +256,35 @@ class GPT(nn.Module):
             starts = cu_seqlens.long()
             positions = index - starts[torch.searchsorted(starts, index, right=True) - 1]
         return Place(positions, self.cos, self.sin, cu_seqlens, cache)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a folder that ``from_pretrained`` and Hugging Face's ``transformers`` open."""
+        from .hf import save
+
+        save(self, folder)
+
+    @staticmethod
+    def from_pretrained(
+        folder: str | Path,
+        ops: Choice | Mapping[str, Choice] = "fused",
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> "GPT":
+        """The model of a folder that we or ``transformers`` saved, in evaluation mode.
+
+        Args:
+            folder: Holds config.json and model.safetensors, or the latter's shards.
+            ops: As ``GPT``.
+            device: Where its parameters go.
+            dtype: Of its parameters; None: as stored.
+
+        Raises:
+            ValueError: A file that is missing, damaged, of another format or another model.
+        """
+        from .hf import load
+
+        return load(folder, ops, device=device, dtype=dtype)
 
     def num_params(self) -> int:
         """Parameters, a tied head counted once."""
