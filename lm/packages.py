@@ -4,23 +4,18 @@ Ten classes. Of each file the last fifth is held out, so that a held-out snippet
 its neighbours were.
 """
 
-import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .words import words
 
 PACKAGES = (
     "asyncio", "email", "xml", "multiprocessing", "unittest",
     "importlib", "http", "logging", "tkinter", "idlelib",
 )  # fmt: skip
 WORDS = 48  # of a snippet
-_WORD = re.compile(r"\w+|[^\w\s]")
-
-
-def words(text: str) -> list[str]:
-    """Names, numbers and punctuation marks, in order."""
-    return _WORD.findall(text)
 
 
 def snippets() -> Iterator[dict[str, Any]]:

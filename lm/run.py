@@ -9,6 +9,8 @@ import dataclasses
 import json
 import platform
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +37,19 @@ class Run:
         config: The settings, written to ``run.json``.
         facts: What else ``run.json`` tells.
         world: Only the main process writes.
+        save_model: Writes a model into a folder; None: its own ``save_pretrained``.
     """
 
-    def __init__(self, folder: Path, config: "FitConfig", facts: Record, world: World):
+    def __init__(
+        self,
+        folder: Path,
+        config: "FitConfig",
+        facts: Record,
+        world: World,
+        save_model: Callable[[Any, Path], None] | None = None,
+    ):
         self.folder, self.config, self.world = folder, config, world
+        self.save_model = save_model
         self.writer = None
         if not world.main:
             return
@@ -73,7 +84,8 @@ class Run:
         state = loop.state()
         if self.world.main:
             model = inner(loop.model)
-            folder = checkpoint.write(self.folder, state, model.save_pretrained, self.config.keep)
+            save = partial(self.save_model, model) if self.save_model else model.save_pretrained
+            folder = checkpoint.write(self.folder, state, save, self.config.keep)
             checkpoint.publish(self.folder, folder)
             draw(self.folder)
         self.world.wait()
