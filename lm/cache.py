@@ -1,5 +1,7 @@
 """Keys and values of tokens that the model has seen, so that each token is computed once."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -75,10 +77,10 @@ class KVCache:
         self.lengths += T
         self.most += T
 
-    def cut(self, lengths: Tensor, most: int) -> None:
-        """Forgets all but the first ``lengths`` (batch,) tokens, none of them above ``most``."""
-        self.lengths.copy_(lengths)
-        self.most, self.even = most, most == 0
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Forgets all but the first so many tokens of each sequence."""
+        self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        self.most, self.even = max(lengths), min(lengths) == max(lengths)
 
     def fork(self, n: int) -> "KVCache":
         """Each sequence ``n`` times, one after the other: one prompt, ``n`` continuations."""

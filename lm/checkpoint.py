@@ -1,66 +1,90 @@
 """Checkpoints that a kill at any instant cannot spoil: safetensors and JSON, checksummed.
 
 A run folder holds ``checkpoints/000500/`` for step 500, written under another name, synchronised
-and then renamed, so that a folder of that name is whole. Only tensors and JSON are read, never
-pickles.
+and then renamed, so that a folder of that name is whole. It holds the model as a Hugging Face
+folder, the optimizer in ``optimizer/`` by PyTorch's distributed checkpointing (any number of
+processes can read what any other number wrote), and the rest in ``state.json``. No pickle is read.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
+from . import hf
+from .atomic import sync
+from .config import read_json
+from .parallel import World, inner
+
+Facts = dict[str, Any]
 _SUMS = "checksums.json"
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-@dataclass
-class State:
-    """What a training run needs beside its weights to go on as if it had never stopped.
+def write(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    facts: Facts,
+    world: World,
+) -> Path:
+    """Saves a checkpoint, every process its share; gives its folder.
 
-    Attributes:
+    Args:
+        run: The run folder.
         step: Steps taken.
-        tensors: Optimizer states by name.
-        facts: The rest, as plain data.
+        model: The model, spread over the processes or not.
+        optimizer: Its optimizer.
+        facts: Plain data to keep beside them.
+        world: This process.
     """
-
-    step: int
-    tensors: dict[str, Tensor]
-    facts: dict[str, Any]
-
-
-def write(run: Path, state: State, save_model: Callable[[Path], None], keep: int) -> Path:
-    """Saves a checkpoint, then removes all but the newest ``keep``; gives its folder."""
-    folder = run / "checkpoints" / f"{state.step:06d}"
+    folder = run / "checkpoints" / f"{step:06d}"
     part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_model(part)
-    save_file(state.tensors, part / "state.safetensors")
-    (part / "state.json").write_text(json.dumps({"step": state.step, **state.facts}, indent=1))
-    sums = {p.name: _digest(p) for p in sorted(part.iterdir())}
-    (part / _SUMS).write_text(json.dumps(sums, indent=1))
-    for path in (*part.iterdir(), part):
-        _sync(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-    _sync(folder.parent)
-    for old in steps(run)[:-keep]:
-        shutil.rmtree(run / "checkpoints" / f"{old:06d}")
+    if world.main:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    world.wait()
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=whole)  # empty in all but the main process
+    with _alone(world) as no_dist:
+        writer = HuggingFaceStorageWriter(str(part / "optimizer"), save_distributed=True)
+        dcp.save(_optimizer_tensors(model, optimizer), storage_writer=writer, no_dist=no_dist)
+    if world.main:
+        hf.save(inner(model), part, weights)
+        (part / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
+        files = sorted(p for p in part.rglob("*") if p.is_file())
+        sums = {p.relative_to(part).as_posix(): _digest(p) for p in files}
+        (part / _SUMS).write_text(json.dumps(sums, indent=1))
+        for path in (*part.rglob("*"), part):
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+        sync(folder.parent)
+    world.wait()
     return folder
 
 
 def publish(run: Path, folder: Path) -> None:
     """Puts a checkpoint's model files at the top of the run folder, each in one rename."""
-    for path in sorted(folder.iterdir()):
-        if path.name in (_SUMS, "state.json", "state.safetensors"):
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        if path.name in (_SUMS, "state.json"):
             continue
         part = run / f".{path.name}.part"
         part.unlink(missing_ok=True)
@@ -69,7 +93,13 @@ def publish(run: Path, folder: Path) -> None:
         except OSError:  # a file system without hard links
             shutil.copy2(path, part)
         part.replace(run / path.name)
-    _sync(run)
+    sync(run)
+
+
+def remove_old(run: Path, keep: int) -> None:
+    """Removes all checkpoints but the newest ``keep``."""
+    for old in steps(run)[:-keep]:
+        shutil.rmtree(run / "checkpoints" / f"{old:06d}")
 
 
 def steps(run: Path) -> list[int]:
@@ -80,45 +110,55 @@ def steps(run: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
 
 
-def read(run: Path) -> tuple[Path, State]:
-    """The newest checkpoint of a run.
+def newest(run: Path) -> tuple[Path, Facts]:
+    """The newest checkpoint of a run, and the plain data in it, ``step`` among them.
 
     Raises:
         ValueError: There is none, or its files are not as they were written.
     """
     found = steps(run)
     if not found:
-        raise ValueError(f"resume: {run} must hold a checkpoint; it has none")
+        raise ValueError(f"{run} must hold a checkpoint to go on from; it has none")
     folder = run / "checkpoints" / f"{found[-1]:06d}"
     verify(folder)
-    facts = _json(folder / "state.json")
-    try:
-        tensors = load_file(folder / "state.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"resume: {folder / 'state.safetensors'} cannot be read; {error}"
-        ) from None
-    return folder, State(facts.pop("step"), tensors, facts)
+    return folder, read_json(folder / "state.json")
+
+
+def read_optimizer(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> None:
+    """Gives the optimizer the states of a checkpoint."""
+    have = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    tensors = {name: t for name, t in have.items() if isinstance(t, Tensor)}
+    with _alone(world) as no_dist:
+        reader = HuggingFaceStorageReader(str(folder / "optimizer"))
+        dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
+    set_optimizer_state_dict(model, optimizer, {**have, **tensors}, options=_FLAT)
 
 
 def verify(folder: Path) -> None:
     """Raises ValueError where a file of a checkpoint is missing or has other contents."""
-    for name, digest in _json(folder / _SUMS).items():
+    for name, digest in read_json(folder / _SUMS).items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"checkpoint: {path} is missing")
+            raise ValueError(f"{path} is missing")
         if _digest(path) != digest:
-            raise ValueError(f"checkpoint: {path} is not what was saved; its checksum differs")
+            raise ValueError(f"{path} is not what was saved: its checksum differs")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint: {path} cannot be read; {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"checkpoint: {path} must hold a JSON object")
-    return found
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """States by the parameter's name. Learning rates and the like come from the settings."""
+    found = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    return {name: t for name, t in found.items() if isinstance(t, Tensor)}
+
+
+@contextlib.contextmanager
+def _alone(world: World) -> Iterator[bool]:
+    """Whether there is no process group; PyTorch's warning that there is none is kept back."""
+    with warnings.catch_warnings():
+        if world.size == 1:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield world.size == 1
 
 
 def _digest(path: Path) -> str:
@@ -127,40 +167,3 @@ def _digest(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-# --- optimizers ---------------------------------------------------------------------------------
-
-
-def flattened(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state_dict as tensors by name, and the rest as plain data."""
-    tensors, rest = {}, {}
-    for parameter, fields in state_dict["state"].items():
-        for name, value in fields.items():
-            key = f"{parameter}.{name}"
-            if isinstance(value, Tensor):
-                tensors[key] = value.detach().cpu().contiguous()
-            else:
-                rest[key] = value
-    groups = [dict(g) for g in state_dict["param_groups"]]
-    return tensors, {"state": rest, "param_groups": groups}
-
-
-def unflattened(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of ``flattened``."""
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in (*tensors.items(), *rest["state"].items()):
-        parameter, name = key.split(".", 1)
-        state.setdefault(int(parameter), {})[name] = value
-    groups = [
-        {**g, "betas": tuple(g["betas"])} if "betas" in g else g for g in rest["param_groups"]
-    ]
-    return {"state": state, "param_groups": groups}

@@ -30,10 +30,13 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def save(model: GPT, folder: str | Path) -> None:
-    """Writes the model's weights, in their dtype, and its config into a folder, made if need be."""
+def save(model: GPT, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Writes a model's weights, in their dtype, and its config into a folder, made if need be.
+
+    ``state`` takes the place of ``model.state_dict()``: of a model spread over processes.
+    """
     folder = Path(folder)
-    own = {name: p.detach() for name, p in model.state_dict().items()}
+    own = {n: p.detach() for n, p in (model.state_dict() if state is None else state).items()}
     tensors: dict[str, Tensor] = {}
     for name, stored in layout(model.config, list(own)).items():
         whole = own[name].T if stored.transposed else own[name]

@@ -9,8 +9,6 @@ import dataclasses
 import json
 import platform
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,7 @@ import triton
 import fastlm
 
 from . import checkpoint
-from .parallel import World, inner
+from .parallel import World
 from .picture import line_chart
 
 if TYPE_CHECKING:
@@ -37,19 +35,10 @@ class Run:
         config: The settings, written to ``run.json``.
         facts: What else ``run.json`` tells.
         world: Only the main process writes.
-        save_model: Writes a model into a folder; None: its own ``save_pretrained``.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: "FitConfig",
-        facts: Record,
-        world: World,
-        save_model: Callable[[Any, Path], None] | None = None,
-    ):
+    def __init__(self, folder: Path, config: "FitConfig", facts: Record, world: World):
         self.folder, self.config, self.world = folder, config, world
-        self.save_model = save_model
         self.writer = None
         if not world.main:
             return
@@ -81,12 +70,10 @@ class Run:
 
     def save(self, loop: "Loop") -> None:
         """Writes a checkpoint, the model at the top of the folder, and the picture."""
-        state = loop.state()
+        folder = loop.save(self.folder)
         if self.world.main:
-            model = inner(loop.model)
-            save = partial(self.save_model, model) if self.save_model else model.save_pretrained
-            folder = checkpoint.write(self.folder, state, save, self.config.keep)
             checkpoint.publish(self.folder, folder)
+            checkpoint.remove_old(self.folder, self.config.keep)
             draw(self.folder)
         self.world.wait()
 
