@@ -16,21 +16,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from .tokenizer import Tokenizer
 
 END = "<end>"
 IGNORED = -100  # what PyTorch's losses leave out
 _NAMES = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
-
-
-class Tokenizer(Protocol):
-    """What this module needs of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .chat import Tokenizer, read_jsonl, split_of, text_of
+from .chat import read_jsonl, split_of, text_of
 from .config import read_json
 from .model import GPT
 from .rows import packed
-from ._tok import tokenizer_of
+from .tokenizer import load_tokenizer
 from .words import HashedWords, words
 
 Pooling = Literal["mean", "last"]
@@ -172,6 +172,8 @@ class Classifier(nn.Module):
             "pooling": self.pooling,
             "tokenizer": "words" if isinstance(self.tokenizer, HashedWords) else "folder",
         }
+        if settings["tokenizer"] == "folder":
+            self.tokenizer.save(folder)
         (folder / _SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -190,7 +192,7 @@ class Classifier(nn.Module):
         settings = read_json(folder / _SETTINGS)
         body = GPT.from_pretrained(folder)
         words = settings.get("tokenizer") == "words"
-        tokenizer = HashedWords(body.config.vocab_size) if words else tokenizer_of(folder)
+        tokenizer = HashedWords(body.config.vocab_size) if words else load_tokenizer(folder)
         model = cls(body, settings["labels"], tokenizer, settings["pooling"])
         try:
             model.score.load_state_dict(load_file(folder / _HEAD))

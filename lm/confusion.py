@@ -18,7 +18,7 @@ def confusion_chart(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> s
     top = _TOP + 6 * max(map(len, labels))
     size = _CELL * len(labels)
     parts = [
-        f'<text class="title" x="20" y="26">What texts are called, % of each class</text>',
+        '<text class="title" x="20" y="26">What texts are called, % of each class</text>',
         f'<text x="20" y="{top - 12}">is</text>',
         f'<text x="{left + size - 4}" y="46" text-anchor="end">called</text>',
     ]
@@ -31,7 +31,7 @@ def confusion_chart(matrix: Sequence[Sequence[int]], labels: Sequence[str]) -> s
         for j, count in enumerate(row):
             share = count / max(1, sum(row))
             parts.append(
-                f'<g><title>{name} called {html.escape(labels[j])}: {count}</title>'
+                f"<g><title>{name} called {html.escape(labels[j])}: {count}</title>"
                 f'<rect x="{left + j * _CELL}" y="{y}" width="{_CELL - 2}" height="{_CELL - 2}" '
                 f'fill="{_shade(share)}"/>'
             )

@@ -2,12 +2,12 @@
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ._tok import complete
-from .chat import END, Example, Tokenizer, prompt_text, tokens
+from .chat import END, Example, prompt_text, read_examples
 from .classify import (
     Classifier,
     Labelled,
@@ -15,10 +15,14 @@ from .classify import (
     bag_of_words,
     class_scores,
     confusion,
+    read_labelled,
 )
 from .confusion import confusion_chart
+from .generate import generate
+from .lora import load_lora, merge_lora
 from .model import GPT
 from .scores import Answerer, baselines, evaluate, scenario_of, table
+from .tokenizer import Tokenizer, load_tokenizer
 
 _SCORES, _PICTURE = "scores.json", "confusion.svg"
 
@@ -30,15 +34,43 @@ def answerer(model: GPT, tokenizer: Tokenizer, longest: int, temperature: float 
         model: Trained on the template of ``chat``.
         tokenizer: Its tokenizer.
         longest: Most tokens of an answer.
-        temperature: Of the sampling; 0 takes the likeliest token.
+        temperature: Of the sampling, by a fixed seed; 0 takes the likeliest token.
     """
+    room = model.config.block_size - longest
+    options = {"temperature": temperature, "stop": END, "tokenizer": tokenizer, "seed": 0}
+
+    def texts(rows: list[list[int]], times: int) -> list[str]:
+        grown = generate(model, rows, longest, num_return_sequences=times, **options)
+        begins = [len(row) for row in rows for _ in range(times)]
+        return [
+            tokenizer.decode(row[begin:].tolist()).partition(END)[0]
+            for row, begin in zip(grown, begins, strict=True)
+        ]
 
     def answer(examples: Sequence[Example]) -> list[str]:
-        room = model.config.block_size - longest
-        prompts = [tokenizer.encode(prompt_text(e.messages[:-1]))[-room:] for e in examples]
-        return complete(model, prompts, longest, END.encode(), temperature)
+        prompts = [prompt_text(e.messages[:-1]) for e in examples]
+        rows = {prompt: tokenizer.encode(prompt)[-room:] for prompt in prompts}
+        if temperature:  # the same prompt again wants another text
+            drawn = {p: iter(texts([rows[p]], n)) for p, n in Counter(prompts).items()}
+            return [next(drawn[p]) for p in prompts]
+        found: list[str] = []
+        for start in range(0, len(prompts), 64):
+            found += texts([rows[p] for p in prompts[start : start + 64]], 1)
+        return found
 
     return answer
+
+
+def load_answers(folder: str | Path, lora: str | Path | None = None) -> tuple[GPT, Tokenizer]:
+    """A saved language model, perhaps with adapters of another folder, and its tokenizer.
+
+    Raises:
+        ValueError: Files that are missing or damaged.
+    """
+    model = GPT.from_pretrained(folder)
+    if lora is not None:
+        merge_lora(load_lora(model, lora))
+    return model, load_tokenizer(folder)
 
 
 def score_answers(
@@ -66,7 +98,7 @@ def score_answers(
 def score_classes(
     model: Classifier, train: Sequence[Labelled], held_out: Sequence[Labelled], folder: Path
 ) -> dict[str, float]:
-    """Calls held-out texts by their class, prints and writes the scores, and draws the confusion."""
+    """Classifies held-out texts, prints and writes the scores, and draws the confusion."""
     texts, wanted = [e.text for e in held_out], [e.label for e in held_out]
     got = [p.label for p in model.predict(texts)]
     common = max(model.labels, key=[e.label for e in train].count)
@@ -93,3 +125,45 @@ def score_classes(
 
 def _write(folder: Path, found: dict[str, Any]) -> None:
     (folder / _SCORES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+# --- command line -------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of ``fastlm evaluate``."""
+    parser.add_argument("--checkpoint", required=True, type=Path, help="the model's folder")
+    parser.add_argument("--data", required=True, help="the JSONL that it was fine-tuned on")
+    parser.add_argument("--lora", type=Path, help="a folder of adapters for the model")
+    parser.add_argument(
+        "--limit", type=int, default=200, metavar="N", help="most held-out lines (default 200)"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="where scores.json goes, and the picture (default: checkpoint)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``fastlm evaluate`` on the lines that say ``"split": "validation"``, or on all.
+
+    Raises:
+        ValueError: Folders or lines that are none.
+    """
+    if args.limit < 1:
+        raise ValueError(f"--limit must be at least 1; got {args.limit}")
+    if not args.checkpoint.is_dir():
+        raise ValueError(f"--checkpoint must be a model's folder; got {args.checkpoint}")
+    out = args.out or args.lora or args.checkpoint
+    out.mkdir(parents=True, exist_ok=True)
+    if (args.checkpoint / "classifier.json").is_file():
+        texts = read_labelled(args.data)
+        held_out = [e for e in texts if e.split == "validation"] or texts
+        train = [e for e in texts if e.split != "validation"]
+        score_classes(Classifier.load(args.checkpoint), train, held_out[: args.limit], out)
+        return 0
+    examples = read_examples(args.data)
+    asked = [e for e in examples if e.split == "validation"] or examples
+    train_examples = [e for e in examples if e.split != "validation"]
+    model, tokenizer = load_answers(args.checkpoint, args.lora)
+    score_answers(model, tokenizer, train_examples, asked[: args.limit], out)
+    return 0

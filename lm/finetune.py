@@ -6,25 +6,25 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from . import checkpoint
+from .byte_pairs import BytePairTokenizer, learn_merges
 from .chat import Example, pieces, read_examples, tokens
 from .classify import Classifier, Labelled, read_labelled
 from .config import PRESETS, GPTConfig
-from .evaluate import score_answers, score_classes
-from .fit import FitConfig, Loop, fit, prepare
-from .learn_bpe import learn_merges
+from .evaluate import load_answers, score_answers, score_classes
+from .fit import Batch, FitConfig, Loop, fit, prepare
 from .lora import TARGETS, adapters, apply_lora, merge_lora, save_lora
 from .model import GPT
 from .options import add_options, from_fields, given, option
-from .rows import Row, RowsTask, packed_rows, padded_rows
 from .parallel import World, world
-from .run import Record, Run
-from ._tok import BPE, ByteTokenizer, load_tokenizer
+from .rows import Row, RowsTask, packed_rows, padded_rows
+from .run import Record, Run, draw
+from .tokenizer import ByteTokenizer, load_tokenizer
 from .words import HashedWords
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "block_size", "vocab_size")
@@ -74,43 +74,54 @@ class FinetuneConfig(FitConfig):
                 raise ValueError(f"{flag} must be 0 or more; got {getattr(self, name)}")
         if self.task == "classify" and self.lora_rank:
             raise ValueError("--lora-rank must be 0 for --task classify, which trains every weight")
+        if self.lora_rank and not self.merge and self.checkpoint in PRESETS:
+            raise ValueError(
+                "--checkpoint must be a folder with --no-merge; adapters need it later"
+            )
+        if self.parallel != "ddp":
+            raise ValueError(f"--parallel must be ddp to fine-tune; got {self.parallel}")
 
 
 def finetune(config: FinetuneConfig, out: Path, *, world: World) -> Record:
-    """Fine-tunes a model; its last figures and its scores.
+    """Fine-tunes a model; its last figures, ``best_val_loss`` among them.
 
-    ``out`` becomes a run folder whose model has the weights of the lowest held-out loss.
+    ``out`` gets the weights of the lowest held-out loss, whenever there is a lower one.
 
     Raises:
         ValueError: Settings, data or a folder that make no run.
         ArithmeticError: A loss was not finite.
     """
     config.check(world.size)
-    if checkpoint.steps(out):
+    if (out / "run.json").exists():
         raise ValueError(f"--out {out} holds a run already; give another folder")
     torch.manual_seed(config.seed)
-    start = _answers if config.task == "lm" else _classes
-    job = start(config)
-    collate = padded_rows if config.task == "lm" else packed_rows
-    task = RowsTask(job.train, job.held_out, collate, config, world)
+    job = (_answers if config.task == "lm" else _classes)(config)
+    task = RowsTask(job.train, job.held_out, job.collate, config, world, partial(job.save, out))
     loop = Loop(prepare(job.model, config, world), config, task, world)
-    facts = {"data": {"name": config.data}, "task": config.task}
-    run = Run(out, config, facts, world, job.save)
-    lengths = [len(row.ids) for row in job.train]
+    run = TaskRun(out, config, {"data": {"name": config.data}}, world)
+    tokens_a_row = sum(len(row.ids) for row in job.train) / len(job.train)
     if world.main:
         trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
         print(
-            f"{trained:,} parameters to train, {config.ops} ops on {world.device}; {len(lengths):,}"
-            f" examples of {sum(lengths) / len(lengths):.0f} tokens, {len(job.held_out):,} held out",
+            f"{trained:,} parameters to train, {config.ops} ops on {world.device}; "
+            f"{len(job.train):,} examples of {tokens_a_row:.0f} tokens, {len(job.held_out):,} "
+            "held out",
             flush=True,
         )
-    last = fit(loop, run, config.batch_size * sum(lengths) // len(lengths))
-    task.restore_best(loop.model)
+    last = fit(loop, run, round(config.batch_size * tokens_a_row))
     if world.main:
-        job.save(job.model, out)
         job.score(out)
     world.wait()
     return {**last, "best_val_loss": task.best_loss}
+
+
+class TaskRun(Run):
+    """The folder of a run that saves its best weights when it finds them, and has no other."""
+
+    def save(self, loop: Loop) -> None:
+        """Draws the picture."""
+        if self.world.main:
+            draw(self.folder)
 
 
 @dataclass(frozen=True)
@@ -120,8 +131,9 @@ class Job:
     model: Any
     train: Sequence[Row]
     held_out: Sequence[Row]
-    save: Callable[[Any, Path], None]
-    score: Callable[[Path], None]
+    collate: Callable[[Sequence[Row]], Batch]
+    save: Callable[[Path, Any], None]
+    score: Callable[[Path], object]
 
 
 def _answers(config: FinetuneConfig) -> Job:
@@ -137,19 +149,21 @@ def _answers(config: FinetuneConfig) -> Job:
     def row(example: Example) -> Row:
         return Row(*tokens(example, tokenizer, model.config.block_size))
 
-    def save(trained: GPT, folder: Path) -> None:
-        if not adapters(trained):
-            trained.save_pretrained(folder)
-        elif config.merge:
-            merge_lora(copy.deepcopy(trained)).save_pretrained(folder)
-        else:
+    def save(folder: Path, trained: GPT) -> None:
+        if adapters(trained) and not config.merge:
             save_lora(trained, folder)
+            return
+        plain = merge_lora(copy.deepcopy(trained)) if adapters(trained) else trained
+        plain.save_pretrained(folder)
+        tokenizer.save(folder)
 
     def score(folder: Path) -> None:
         if config.score:
-            score_answers(model, tokenizer, train, held_out[: config.score], folder)
+            alone = config.lora_rank and not config.merge
+            best = load_answers(config.checkpoint, folder) if alone else load_answers(folder)
+            score_answers(*best, train, held_out[: config.score], folder)
 
-    return Job(model, [*map(row, train)], [*map(row, held_out)], save, score)
+    return Job(model, [*map(row, train)], [*map(row, held_out)], padded_rows, save, score)
 
 
 def _classes(config: FinetuneConfig) -> Job:
@@ -163,10 +177,13 @@ def _classes(config: FinetuneConfig) -> Job:
     def row(example: Labelled) -> Row:
         return Row(model.tokens(example.text), [number[example.label]])
 
-    return Job(
-        model, [*map(row, train)], [*map(row, held_out)], Classifier.save_pretrained,
-        lambda folder: score_classes(model, train, held_out, folder),
-    )  # fmt: skip
+    def save(folder: Path, trained: Classifier) -> None:
+        trained.save_pretrained(folder)
+
+    def score(folder: Path) -> None:
+        score_classes(Classifier.load(folder), train, held_out, folder)
+
+    return Job(model, [*map(row, train)], [*map(row, held_out)], packed_rows, save, score)
 
 
 def base_model(config: FinetuneConfig, texts: Callable[[], Iterable[str]]) -> tuple[GPT, Any]:
@@ -209,12 +226,10 @@ def _new_model(
             raise ValueError(f"--checkpoint must be causal for --task lm; got {config.checkpoint}")
         tokenizer = HashedWords(changes.get("vocab_size", 8192))
     elif changes.get("vocab_size", 256) > 256:
-        tokenizer = BPE(learn_merges(texts(), changes["vocab_size"] - 256))
+        tokenizer = BytePairTokenizer(learn_merges(texts(), changes["vocab_size"] - 256))
     else:
         tokenizer = ByteTokenizer()
-    shape = GPTConfig.preset(
-        config.checkpoint, **{**changes, "vocab_size": tokenizer.vocab_size}
-    )
+    shape = GPTConfig.preset(config.checkpoint, **{**changes, "vocab_size": tokenizer.vocab_size})
     return GPT(shape, config.ops), tokenizer
 
 

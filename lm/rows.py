@@ -48,7 +48,7 @@ def padded_rows(rows: Sequence[Row]) -> Batch:
 
 
 class RowsTask:
-    """What the loop trains on: rows in an order of its own each epoch; the best weights are kept.
+    """What the loop trains on: rows in an order of its own each epoch.
 
     Args:
         train: Rows to learn.
@@ -56,10 +56,11 @@ class RowsTask:
         collate: ``padded_rows`` or ``packed_rows``.
         config: The run's settings.
         world: This process takes every ``world.size``-th row of a step, from its rank on.
+        save_best: Is given the model in the main process, each time that its held-out loss is the
+            lowest so far.
 
     Attributes:
         best_loss: The lowest held-out loss so far.
-        best: The trained parameters at that time, by name.
     """
 
     def __init__(
@@ -69,11 +70,11 @@ class RowsTask:
         collate: Callable[[Sequence[Row]], Batch],
         config: FitConfig,
         world: World,
+        save_best: Callable[[nn.Module], None],
     ):
         self.train, self.held_out, self.collate = train, held_out, collate
-        self.config, self.world = config, world
+        self.config, self.world, self.save_best = config, world, save_best
         self.best_loss = float("inf")
-        self.best: dict[str, Tensor] = {}
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Rows drawn without replacement: a pure function of (seed, step, rank)."""
@@ -96,7 +97,7 @@ class RowsTask:
         return model(**batch, reduction="sum")[1]
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Cross entropy of the held-out rows; remembers the weights where it is the lowest yet."""
+        """Cross entropy of the held-out rows; saves the model where it is the lowest so far."""
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         mine = self.held_out[self.world.rank :: self.world.size]
         for i in range(0, len(mine), 32):
@@ -107,15 +108,6 @@ class RowsTask:
         loss, count = self.world.total(total).tolist()
         if loss / count < self.best_loss:
             self.best_loss = loss / count
-            self.best = {name: p.detach().clone() for name, p in _trained(model).items()}
+            if self.world.main:
+                self.save_best(inner(model))
         return {"val_loss": loss / count}
-
-    @torch.no_grad()
-    def restore_best(self, model: nn.Module) -> None:
-        """Puts the weights of the lowest held-out loss back."""
-        for name, p in _trained(model).items():
-            p.copy_(self.best[name])
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in inner(model).named_parameters() if p.requires_grad}
