@@ -46,12 +46,14 @@ def _question(rng: random.Random) -> tuple[str, str]:
     moves = [(rng.choice(people), rng.choice(_ROOMS)) for _ in range(3)]
     told = " ".join(f"{who} {rng.choice(_MOVES)} the {room}." for who, room in moves)
     asked = rng.choice(sorted({who for who, _ in moves}))
-    answer = next(room for who, room in reversed(moves) if who == asked)
-    return f"{told} Where is {asked}?", answer
+    room = next(room for who, room in reversed(moves) if who == asked)
+    return f"{told} Where is {asked}?", f"{asked} is in the {room}"
 
 
 def _last_room(prompt: str) -> str:
-    return next(word.strip(".") for word in reversed(prompt.split()) if word.strip(".") in _ROOMS)
+    """The room that was told last, whoever went there."""
+    told = [word.strip(".?") for word in prompt.split()]
+    return f"{told[-1]} is in the {next(word for word in reversed(told) if word in _ROOMS)}"
 
 
 # --- summarisation ------------------------------------------------------------------------------
