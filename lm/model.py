@@ -166,6 +166,9 @@ class GPT(nn.Module):
             once. Parameters are the same whatever it says.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: GPTConfig, ops: Choice | Mapping[str, Choice] = "fused"):
         super().__init__()
         self.config, self.ops = config, resolve(ops)
@@ -237,7 +240,7 @@ class GPT(nn.Module):
         if self.wpe is not None:
             stream = stream + self.ops.embedding(place.positions, self.wpe.weight)
         stream = self.ops.dropout(stream, self.config.dropout, self.training)
-        branch = None
+        branch: Tensor | None = None
         for block in self.h:
             if self.checkpoint_activations and self.training:
                 branch, stream = checkpoint(block, branch, stream, place, use_reentrant=False)
@@ -245,7 +248,9 @@ class GPT(nn.Module):
                 branch, stream = block(branch, stream, place)
         if cache is not None:
             cache.grow(ids.shape[1])
-        return stream if self.ln_f is None else self.ln_f.add(branch, stream)[0]
+        if self.ln_f is None or branch is None:
+            return stream
+        return self.ln_f.add(branch, stream)[0]
 
     def place(self, ids: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None) -> Place:
         """Where the tokens stand. Raises where they cannot be the model's input."""

@@ -105,7 +105,8 @@ def spread(model: GPT, where: World, how: Parallel) -> nn.Module:
     if how == "fsdp":
         for block in model.h:
             fully_shard(block)
-        return fully_shard(model)
+        fully_shard(model)
+        return model
     if how == "context":
         _cut_sequences(model, where)
     with (
