@@ -104,14 +104,19 @@ def from_fields(fields: dict[str, Any]) -> GPTConfig:
     family = fields.get("model_type")
     if family == "fastlm":
         return GPTConfig.from_dict(_needed(fields, "fastlm"))
-    own = GPTConfig.from_dict(fields["fastlm"]) if "fastlm" in fields else None
-    if own is not None and to_fields(own).items() <= fields.items():
-        return own  # else someone changed their fields since, and ours are of another time
     if family == "gpt2":
-        return _from_gpt2(fields)
-    if family in ("llama", "mistral", "qwen3"):
-        return _from_llama(fields)
-    raise ValueError(f"model_type must be one of {', '.join(CLASSES)}; got {family!r}")
+        theirs = _from_gpt2(fields)
+    elif family in ("llama", "mistral", "qwen3"):
+        theirs = _from_llama(fields)
+    else:
+        raise ValueError(f"model_type must be one of {', '.join(CLASSES)}; got {family!r}")
+    if "fastlm" not in fields:
+        return theirs
+    own = GPTConfig.from_dict(fields["fastlm"])
+    # Where the two differ someone changed their fields since, and ours are of another time.
+    return (
+        own if to_fields(own) | {"fastlm": None} == to_fields(theirs) | {"fastlm": None} else theirs
+    )
 
 
 def _from_gpt2(fields: dict[str, Any]) -> GPTConfig:
