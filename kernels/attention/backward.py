@@ -5,6 +5,8 @@ With p = e^(s - lse), recomputed a tile at a time, and t = scale q k^T before so
     delta = sum_d do o - dlse        dv = p^T do        ds = p (do v^T - delta) ds/dt
     dq = scale ds k                  dk = scale ds^T q        dsink = -sum_i e^(sink - lse) delta
 
+Of float32 inputs p is multiplied by gain, the factor that takes out the rounding of lse.
+
 For dsink delta is sum_j p (do v^T) - dlse, which owes nothing to o's rounding. Dropout's mask and
 factor lie on p where it makes dv, and on do v^T.
 
@@ -25,6 +27,7 @@ from ._scores import (
     key_range,
     listed,
     locate,
+    product,
     query_range,
     seen_keys,
     shape_scores,
@@ -61,7 +64,7 @@ def rows_kernel(
     offsets = pid_bh * S_q + rows
     lse = tl.load(lse_ptr + offsets, mask=mask_m, other=0.0)
     # a row that saw no key: p = 2^(s - inf) = 0
-    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    lse2 = tl.where(lse == float("-inf"), float("inf"), product(lse, LOG2_E))
     tl.store(lse2_ptr + offsets, lse2, mask=mask_m)
     tl.store(delta_ptr + offsets, delta, mask=mask_m)
 
@@ -103,7 +106,7 @@ def dropped(x, rows, cols, head, seed, score):
 
 @triton.jit
 def _gather_dkdv(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, start, stop, b, h, H, total_q,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, start, stop, b, h, H, total_q,
     stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale, score,
     blocks, list_ptr, MASKED: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -147,6 +150,8 @@ def _gather_dkdv(
             dot(k, q.T), lse[None, :], rows, cols, slope, bias_ptr, left, right, S_q, S_k, scale,
             score, MASKED and ((left is not None) or (right is not None)),
         )  # fmt: skip
+        if gain_ptr is not None:
+            pT *= tl.load(gain_ptr + stats, mask=mask_m, other=1.0)[None, :]
         dv = dot(dropped(pT, rows, cols, head, seed, score).to(do.dtype), do, dv)
         dpT = dropped(dot(v, do.T), rows, cols, head, seed, score)
         dsT = pT * (dpT - delta[None, :]) * slack
@@ -156,7 +161,7 @@ def _gather_dkdv(
 
 @triton.jit(do_not_specialize=["left", "right"])
 def dkdv_kernel(  # noqa: PLR0915
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, dk_ptr, dv_ptr,
     cu_seqlens_q, cu_seqlens_k, score, blocks,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_dob, stride_dom, stride_doh,
@@ -210,11 +215,13 @@ def dkdv_kernel(  # noqa: PLR0915
     h = h_kv * GROUP
     lse_ptr += stats
     delta_ptr += stats
+    if gain_ptr is not None:
+        gain_ptr += stats
     if blocks is not None:
         for g in range(GROUP):
             count, list_ptr = visited(blocks, b, h + g, first // SPARSE)
             dk, dv = _gather_dkdv(
-                dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, 0, count * SPARSE,
+                dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, 0, count * SPARSE,
                 b, h + g, H_kv * GROUP, total_q,
                 stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale,
                 score, blocks, list_ptr,
@@ -223,19 +230,19 @@ def dkdv_kernel(  # noqa: PLR0915
     else:
         if right is not None:
             dk, dv = _gather_dkdv(
-                dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr,
+                dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr,
                 begin, tl.minimum(full_begin, end), b, h, H_kv * GROUP, total_q,
                 stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale,
                 score, None, 0, True, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
             )  # fmt: skip
         dk, dv = _gather_dkdv(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr,
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr,
             full_begin, full_end, b, h, H_kv * GROUP, total_q,
             stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale,
             score, None, 0, False, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
         )  # fmt: skip
         dk, dv = _gather_dkdv(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr,
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr,
             tl.maximum(full_begin, full_end), end, b, h, H_kv * GROUP, total_q,
             stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale,
             score, None, 0, True, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
@@ -287,7 +294,7 @@ def _gather_dq(
 
 @triton.jit(do_not_specialize=["left", "right"])
 def dq_kernel(  # noqa: PLR0915
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, sums_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, dq_ptr, sums_ptr,
     cu_seqlens_q, cu_seqlens_k, score, blocks,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_dob, stride_dom, stride_doh,
@@ -375,6 +382,10 @@ def dq_kernel(  # noqa: PLR0915
             True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, sums_ptr is not None,
         )  # fmt: skip
 
+    if gain_ptr is not None:
+        gain = tl.load(gain_ptr + stats, mask=mask_m, other=1.0)
+        dq *= gain[:, None]
+        sums *= gain
     if sums_ptr is not None:
         tl.store(sums_ptr + stats, sums, mask=mask_m)
     # dq is contiguous

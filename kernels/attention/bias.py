@@ -15,7 +15,7 @@ from .backward import dropped, load_stats, weights
 
 @triton.jit(do_not_specialize=["left", "right"])
 def dbias_kernel(  # noqa: PLR0915
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dbias_ptr, score, blocks,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, dbias_ptr, score, blocks,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_dob, stride_dom, stride_doh,
     B, H, S_q, S_k, left, right, scale, bias_b, bias_h, bias_m, bias_n,
@@ -70,6 +70,8 @@ def dbias_kernel(  # noqa: PLR0915
             dot(q, k.T), lse[:, None], offs_m[:, None], offs_n[None, :], slope, bias_ptr,
             left, right, S_q, S_k, scale, score, True,
         )  # fmt: skip
+        if gain_ptr is not None:
+            p *= tl.load(gain_ptr + stats, mask=mask_m, other=1.0)[:, None]
         if blocks is not None:
             row = tile_m * BLOCK_M // SPARSE
             at = (b * blocks.stride_b + h * blocks.stride_h + row) * blocks.columns

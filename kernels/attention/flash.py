@@ -40,8 +40,8 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, do, dlse):
-    o, lse, block_mask, *tensors = ctx.saved_tensors
+def _differentiate(ctx, do, dlse, _):
+    o, lse, gain, block_mask, *tensors = ctx.saved_tensors
     q, k, v, sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k = tensors
     rest = (None,) * (_TENSORS - 5 + len(ctx.options) + 1)
     if torch.is_grad_enabled():  # create_graph=True
@@ -57,7 +57,7 @@ def _differentiate(ctx, do, dlse):
     if do is None:
         do = torch.zeros_like(o)
     wanted = list(ctx.needs_input_grad[:5])
-    grads = backward(do, dlse, o, lse, *tensors, *ctx.options, wanted, block_mask)
+    grads = backward(do, dlse, o, lse, gain, *tensors, *ctx.options, wanted, block_mask)
     return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *rest
 
 
@@ -365,7 +365,7 @@ def flash_attention(
     q, scale = positive(q, scale)
     left, right = window_band(causal, window_size, k.shape[1] - q.shape[1])
     seed = as_seed(dropout_seed, dropout_p, q.device)
-    o, lse = attend(
+    o, lse, _ = attend(
         q, k, v, sinks, as_bias(bias), as_slopes(alibi_slopes), seed, None, None,
         scale, left, right, float(softcap), float(dropout_p), block_mask,
     )  # fmt: skip

@@ -168,7 +168,7 @@ def flash_attention_varlen(
         ValueError: Shapes, dtypes or options that do not fit.
     """
     q, k, v = flash.autocast(q, k, v)
-    o, lse = flash.attend(
+    o, lse, _ = flash.attend(
         *_arguments(
             q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale, window_size, softcap,
             alibi_slopes, sinks, dropout_p, dropout_seed,
