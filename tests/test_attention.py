@@ -254,8 +254,9 @@ def test_offsets_past_2_to_the_31(lazy_memory):
     far = torch.empty(2**31 + 2**12, dtype=torch.float16).as_strided(
         (2, 40, 1, 16), (2**31, 16, 16, 1)
     )
-    steep = torch.empty(2**22 * 520, dtype=torch.float16).as_strided(
-        (1, 520, 1, 16), (1, 2**22, 16, 1)
+    stride = 2**23 - 16  # the largest that is not copied
+    steep = torch.empty(stride * 264, dtype=torch.float16).as_strided(
+        (1, 264, 1, 16), (1, stride, 16, 1)
     )
     for x in (far, steep):
         x.copy_(torch.randn(x.shape))
@@ -273,13 +274,13 @@ def test_offsets_past_2_to_the_31(lazy_memory):
         assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("D", [16, 40, 56])
+@pytest.mark.parametrize("D", [16, 40])
 @pytest.mark.parametrize("causal", [False, True])
 def test_through_descriptors(monkeypatch, causal, D):
     """Tiles read by TMA, as on Hopper and Blackwell."""
     from fastlm.kernels.attention import _tiles
 
-    given = inputs(B=2, S_q=45, S_k=61, H=4, H_kv=2, D=D, causal=causal, dtype=torch.float16)
+    given = inputs(B=2, S_q=35, S_k=53, H=2, H_kv=1, D=D, causal=causal, dtype=torch.float16)
     monkeypatch.setattr(_tiles, "_INTERPRETED_TMA", True)
     assert _tiles.described(given["k"].detach(), 16, _tiles.block_d_of(D)) is not None
     check(OP, given)
