@@ -227,6 +227,19 @@ def seen_keys(offs_m, offs_n, left, right, S_k):
     return seen
 
 
+@triton.jit
+def seen_queries(offs_m, offs_n, left, right, S_k):
+    """The same for a tile of keys by queries, of which a thread holds few keys and many queries.
+
+    Two limits of each key take fewer registers; of one alone ptxas (CUDA 12.8) makes more spills.
+    """
+    if left is None or right is None:
+        seen = seen_keys(offs_m, offs_n, left, right, S_k)
+    else:
+        seen = (offs_m >= offs_n - right) & (offs_m <= offs_n - left)
+    return seen
+
+
 # --- ragged batches -----------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from ._scores import (
     product,
     query_range,
     seen_keys,
+    seen_queries,
     shape_scores,
     visited,
 )
@@ -82,17 +83,11 @@ def load_stats(lse_ptrs, delta_ptrs, mask_m, MASKED: tl.constexpr):
 
 
 @triton.jit
-def weights(
-    qk, lse, rows, cols, slope, bias_ptr, left, right, S_q, S_k, scale, score,
-    MASK_BAND: tl.constexpr,
-):  # fmt: skip
-    """The weights p of a tile, and ds/dt; keys that a query does not see have p = 0."""
+def weights(qk, lse, rows, cols, slope, bias_ptr, S_q, S_k, scale, score):
+    """The weights p of a tile before its mask, and ds/dt."""
     s, slack = shape_scores(qk, rows, cols, slope, bias_ptr, S_q, S_k, scale, score)
     factor = 1.0 if is_shaped(score) else scale * LOG2_E
-    p = tl.math.exp2(s * factor - lse)
-    if MASK_BAND:
-        p = tl.where(seen_keys(rows, cols, left, right, S_k), p, 0.0)
-    return p, slack
+    return tl.math.exp2(s * factor - lse), slack
 
 
 @triton.jit
@@ -145,11 +140,12 @@ def _gather_dkdv(
         head = b * H + h + g
         rows = offs_m[None, :]
         cols = offs_n[:, None]
-        # keys past S_k alone need no mask: their rows of dk and dv are not stored
         pT, slack = weights(
-            dot(k, q.T), lse[None, :], rows, cols, slope, bias_ptr, left, right, S_q, S_k, scale,
-            score, MASKED and ((left is not None) or (right is not None)),
-        )  # fmt: skip
+            dot(k, q.T), lse[None, :], rows, cols, slope, bias_ptr, S_q, S_k, scale, score
+        )
+        # keys past S_k alone need no mask: their rows of dk and dv are not stored
+        if MASKED and ((left is not None) or (right is not None)):
+            pT = tl.where(seen_queries(rows, cols, left, right, S_k), pT, 0.0)
         if gain_ptr is not None:
             pT *= tl.load(gain_ptr + stats, mask=mask_m, other=1.0)[None, :]
         dv = dot(dropped(pT, rows, cols, head, seed, score).to(do.dtype), do, dv)
@@ -281,9 +277,10 @@ def _gather_dq(
         rows = offs_m[:, None]
         cols = offs_n[None, :]
         p, slack = weights(
-            dot(q, k.T), lse[:, None], rows, cols, slope, bias_ptr, left, right, S_q, S_k, scale,
-            score, MASKED,
-        )  # fmt: skip
+            dot(q, k.T), lse[:, None], rows, cols, slope, bias_ptr, S_q, S_k, scale, score
+        )
+        if MASKED:
+            p = tl.where(seen_keys(rows, cols, left, right, S_k), p, 0.0)
         dp = dropped(dot(do, v.T), rows, cols, head, seed, score)
         if SUMS:
             sums += tl.sum(p * dp, 1)

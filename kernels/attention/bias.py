@@ -8,7 +8,7 @@ the bit. It recomputes ds, which costs three matrix products that only a bias wi
 import triton
 import triton.language as tl
 
-from ._scores import SPARSE, head_of
+from ._scores import SPARSE, head_of, seen_keys
 from ._tiles import dot, load_tile
 from .backward import dropped, load_stats, weights
 
@@ -68,8 +68,9 @@ def dbias_kernel(  # noqa: PLR0915
         slope, bias_ptr, seed = head_of(b, h, H, score)
         p, _ = weights(
             dot(q, k.T), lse[:, None], offs_m[:, None], offs_n[None, :], slope, bias_ptr,
-            left, right, S_q, S_k, scale, score, True,
+            S_q, S_k, scale, score,
         )  # fmt: skip
+        p = tl.where(seen_keys(offs_m[:, None], offs_n[None, :], left, right, S_k), p, 0.0)
         if gain_ptr is not None:
             p *= tl.load(gain_ptr + stats, mask=mask_m, other=1.0)[:, None]
         if blocks is not None:

@@ -145,7 +145,8 @@ def backward(  # noqa: C901
         )  # fmt: skip
     if wanted[0] or sums is not None:
         dq = _scratch(dq, q, wanted[0])
-        tile = tile_of("dq", q, width, crowded=crowded)
+        busy = sums is not None or (left is not None and right is not None)
+        tile = tile_of("dq", q, width, busy=busy, crowded=crowded)
         dq_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
             q, k, v, do, lse2, delta, factor, dq, sums,
             cu_seqlens_q, cu_seqlens_k, score, blocks_of(block_mask),
