@@ -65,6 +65,17 @@ def test_head_dimensions(D):
     check(OP, inputs(S_q=19, S_k=35, D=D, causal=True, dtype=torch.float16))
 
 
+@pytest.mark.parametrize(("D", "D_v"), [(300, 300), (512, 24)])
+def test_wide_heads_have_a_forward_in_half_precision(D, D_v):
+    given = inputs(S_q=19, S_k=35, D=D, D_v=D_v, causal=True, dtype=torch.float16)
+    assert f"head dimension {D}" in explain(flash_attention, **given)
+    given = given | {n: given[n].detach() for n in "qkv"}
+    assert "interpreter" in explain(flash_attention, **given)
+    check(OP, given)
+    single = given | {n: given[n].float() for n in "qkv"}
+    assert f"head dimension {D}" in explain(flash_attention, **single)
+
+
 @pytest.mark.parametrize("dtype", OP.dtypes)
 @pytest.mark.parametrize(("H", "H_kv"), [(4, 1), (6, 2), (3, 3)])
 def test_grouped_heads(H, H_kv, dtype):

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from fastlm.bench import capture
-from fastlm.bench.machine_code import _code_sections
+from fastlm.bench.machine_code import _code_sections, read
 from fastlm.kernels import flash_attention
 from fastlm.kernels.attention import backward, forward, gradients
 
@@ -38,6 +38,18 @@ def test_192_and_128_dimensions_fit(target):
     q, k, v = leaf(1, 256, 2, 192), leaf(1, 256, 2, 192), leaf(1, 256, 2, 128)
     for launch in launches(target, lambda: flash_attention(q, k, v, causal=True)):
         assert launch.compile().metadata.shared <= SHARED[target]
+
+
+@pytest.mark.parametrize("target", SHARED)
+def test_512_dimensions_fit_forward(target):
+    q, k, v = (leaf(1, 256, 2, 512).detach() for _ in "qkv")
+    with capture.capture_launches(target) as cap:
+        flash_attention(q, k, v, causal=True)
+    (launch,) = cap.unique()
+    (code,) = read([launch.compile()])
+    assert code.shared <= SHARED[target]
+    assert code.tensor_memory <= 512
+    assert code.stack <= 16
 
 
 def test_heads_of_8_times_an_odd_number_are_copied_wide():

@@ -232,8 +232,10 @@ def dropout_mask(seed, p, B, H, S_q, S_k):
     return _scores.dropout_mask(torch.tensor(seed), p, head, i, j)
 
 
-def test_dropout_drops_what_the_mask_says():
-    """Where q is 0 weights are equal; v = I shows them."""
+@pytest.mark.parametrize("tile", [(32, 16), (16, 64)])
+def test_dropout_drops_what_the_mask_says(monkeypatch, tile):
+    """Where q is 0 weights are equal; v = I shows them. The size of the tiles changes nothing."""
+    monkeypatch.setitem(_tiles._INTERPRETED, "forward", _tiles.Tile(*tile, 4, 1))
     S, p = 40, 0.4
     q, v = torch.zeros(2, S, 3, S), torch.eye(S)[None, :, None, :].expand(2, S, 3, S)
     o = flash_attention(q, q, v, dropout_p=p, dropout_seed=7)

@@ -67,7 +67,7 @@ def _uncovered(
             n not in (1, m) for n, m in zip(attn_mask.shape[::-1], full[::-1], strict=False)
         ):
             return f"attn_mask {tuple(attn_mask.shape)} does not broadcast to {full}"
-    return flash.kernel_refuses({"query": query, "key": key, "value": value})
+    return flash.kernel_refuses({"query": query, "key": key, "value": value}, (attn_mask,))
 
 
 def _headed(x: Tensor) -> Tensor:
