@@ -151,6 +151,7 @@ ATTENTION = [
     (FLASH, "forward:_forward_kernel", "- tl.math.log2(l_safe)", "", FLOAT64),
     (FLASH, "forward:_forward_kernel", "(product(lse, LOG2_E) - m_i)", "0.0", LARGE_LOGITS),
     (FLASH, "_scores:seen_keys", "offs_n <= last", "offs_n < last", FLOAT64),
+    (FLASH, "_scores:seen_queries", "offs_m <= offs_n", "offs_m < offs_n", FLOAT64),
     (FLASH, "_scores:key_range", "last + right + 1", "last + right", FLOAT64),
     (FLASH, "_scores:key_range", "first + right + 1", "last + right + 1", FLOAT64),
     (FLASH, "_scores:key_range", "first + left, 0", "last + left, 0", FLOAT64),
