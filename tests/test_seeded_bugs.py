@@ -17,6 +17,7 @@ import pytest
 import test_activations
 import test_adamw
 import test_add_norm
+import test_attention
 import test_attention_options
 import test_cross_entropy
 import test_dropout
@@ -102,6 +103,7 @@ def cases(bug: Bug):
 FLOAT64 = test_ops.test_matches_float64_by_the_contract
 MEMORY = test_ops.test_reads_and_writes_only_its_tensors
 STRIDES = test_ops.test_any_strides_give_the_same_answer
+LARGE_LOGITS = test_attention.test_large_logits
 HIDDEN_ROWS = test_attention_options.test_rows_that_a_bias_hides_whole
 OWN_STRIDES = test_add_norm.test_each_tensor_has_its_own_strides
 WIDE_DROPOUT = test_add_norm.test_dropout_of_narrow_and_of_wide_rows
@@ -152,7 +154,10 @@ ATTENTION = [
     (FLASH, "forward:_attend", 'tl.where(m_new == float("-inf"), 0.0, m_new)', "m_new", FLOAT64),
     (FLASH, "forward:_forward_kernel", "h_kv = h // GROUP", "h_kv = h % (H // GROUP)", FLOAT64),
     (FLASH, "forward:_forward_kernel", "offs_m, lse, mask=mask_m)", "offs_m, lse)", MEMORY),
+    (FLASH, "forward:_forward_kernel", "- tl.math.log2(l_safe)", "", FLOAT64),
+    (FLASH, "forward:_forward_kernel", "(product(lse, LOG2_E) - m_i)", "0.0", LARGE_LOGITS),
     (FLASH, "_scores:seen_keys", "offs_n <= last", "offs_n < last", FLOAT64),
+    (FLASH, "_scores:seen_queries", "offs_m <= offs_n", "offs_m < offs_n", FLOAT64),
     (FLASH, "_scores:key_range", "last + right + 1", "last + right", FLOAT64),
     (FLASH, "_scores:key_range", "first + right + 1", "last + right + 1", FLOAT64),
     (FLASH, "_scores:key_range", "first + left, 0", "last + left, 0", FLOAT64),
