@@ -7,6 +7,7 @@ from . import bias_gelu as _bias_gelu
 from . import dropout as _dropout
 from . import embedding as _embedding
 from . import glu as _glu
+from . import group_norm as _group_norm
 from . import layer_norm as _layer_norm
 from . import rms_norm as _rms_norm
 from . import rotary as _rotary
@@ -33,6 +34,7 @@ from .bias_gelu import bias_gelu
 from .dropout import Dropout, dropout
 from .embedding import Embedding, embedding
 from .glu import geglu, swiglu
+from .group_norm import GroupNorm, group_norm
 from .layer_norm import LayerNorm, layer_norm
 from .patch import PatchReport, patch
 from .rms_norm import RMSNorm, rms_norm
@@ -51,6 +53,7 @@ OPS = {
         _sdpa.OP,
         _layer_norm.OP,
         _rms_norm.OP,
+        _group_norm.OP,
         *_add_norm.OPS,
         *_softmax.OPS,
         _rotary.OP,
@@ -70,6 +73,7 @@ __all__ = [
     "AdamW",
     "Dropout",
     "Embedding",
+    "GroupNorm",
     "LayerNorm",
     "Op",
     "PatchReport",
@@ -87,6 +91,7 @@ __all__ = [
     "flash_attention_varlen",
     "geglu",
     "gelu",
+    "group_norm",
     "layer_norm",
     "log_softmax",
     "merge_attention",

@@ -241,6 +241,19 @@ LOG_SOFTMAX = [
     ("_gradient", "tl.exp(y) * total", "total", FLOAT64),
 ]
 
+GROUP_NORM = [
+    ("_affine", "xhat += ", "xhat = ", FLOAT64),
+    ("_forward_kernel", "rows % GROUPS * CHANNELS", "rows % GROUPS", FLOAT64),
+    ("_forward_kernel", "tl.where(mask, x - mean[:, None], 0.0)", "x - mean[:, None]", FLOAT64),
+    ("_forward_wide_kernel", "cols // S", "cols % S", FLOAT64),
+    ("_forward_wide_kernel", "mean += delta * share", "mean += delta", FLOAT64),
+    ("_channel_sums_kernel", "groups = rows // CHANNELS", "groups = rows % CHANNELS", FLOAT64),
+    ("_channel_sums_kernel", "tl.where(mask, dy * (x - mean), 0.0)", "dy * x", FLOAT64),
+    ("_channel_sums_kernel", "& (cols < S)[None, :]", "", MEMORY),
+    ("_backward_kernel", "& (members < CHANNELS)", "", FLOAT64),
+    ("_backward_kernel", "(x - mean) * rstd * mean_gx", "(x - mean) * mean_gx", FLOAT64),
+]
+
 # (op, module and kernel, what stands there, what the mistake makes of it, the test that notices)
 POINTWISE = [
     ("gelu", "activations:activation", "0.5 + 0.5 * tl.erf", "0.5 * tl.erf", FLOAT64),
@@ -306,6 +319,7 @@ BUGS = [
     *(Bug("add_rms_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_RMS_NORM),
     *(Bug("rms_norm", f"rms_norm:{kernel}", *rest) for kernel, *rest in RMS_NORM),
     *(Bug("layer_norm", f"layer_norm:{kernel}", *rest) for kernel, *rest in LAYER_NORM),
+    *(Bug("group_norm", f"group_norm:{kernel}", *rest) for kernel, *rest in GROUP_NORM),
     Bug("layer_norm", "_rows:_sum_parts_kernel", "(rows < P)[:, None] & ", "", MEMORY),
 ]
 
