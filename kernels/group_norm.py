@@ -396,7 +396,7 @@ OP = Op(
         {"N": 2, "C": 1, "S": 1, "G": 1},
         {"N": 3, "C": 6, "S": 35, "G": 2},
         {"N": 2, "C": 8, "S": 3, "G": 8, "affine": False},
-        {"N": 1, "C": 4, "S": 8250, "G": 2, "affine": torch.float32},
+        {"N": 1, "C": 2, "S": 8250, "G": 1, "affine": torch.float32},
     ),
     bench_sizes=tuple(
         {"N": n, "C": c, "S": s, "G": 32}
