@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ._dispatch import dispatched
 from ._op import Inputs, Op
 from ._register import eager_gradients, torch_op
-from ._rows import WIDE, row_tile, sum_parts
+from ._rows import WIDE, sum_parts
 
 
 def reference(
@@ -47,7 +47,7 @@ def reference(
 
 @triton.jit
 def _affine(xhat, weight_ptr, bias_ptr, channels, mask):
-    """Each number of xhat times its channel's weight, plus its bias, where there are such."""
+    """Each row of xhat times its channel's weight, plus its bias, where there are such."""
     if weight_ptr is not None:
         xhat *= tl.load(weight_ptr + channels, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -58,62 +58,71 @@ def _affine(xhat, weight_ptr, bias_ptr, channels, mask):
 @triton.jit
 def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr,
-    M, W, S, GROUPS, CHANNELS, eps,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    W, S, GROUPS, CHANNELS, eps,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One program normalises BLOCK_M whole rows, each a group of CHANNELS channels."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_N)
-    mask_m = rows < M
-    mask = mask_m[:, None] & (cols < W)[None, :]
-    offsets = rows[:, None] * W + cols[None, :]
+    """One program normalises one row, as a tile of its channels."""
+    row = tl.program_id(0).to(tl.int64)
+    members = tl.arange(0, BLOCK_C)[:, None]
+    cols = tl.arange(0, BLOCK_S)[None, :]
+    mask_c = members < CHANNELS
+    mask = mask_c & (cols < S)
+    offsets = row * W + members * S + cols
 
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 1) / W
-    centred = tl.where(mask, x - mean[:, None], 0.0)  # padding must not enter the variance
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / W + eps)
-    channels = (rows % GROUPS * CHANNELS)[:, None] + (cols // S)[None, :]
-    y = _affine(centred * rstd[:, None], weight_ptr, bias_ptr, channels, mask)
+    mean = tl.sum(x) / W
+    centred = tl.where(mask, x - mean, 0.0)  # padding must not enter the variance
+    rstd = tl.rsqrt(tl.sum(centred * centred) / W + eps)
+    channels = row % GROUPS * CHANNELS + members
+    y = _affine(centred * rstd, weight_ptr, bias_ptr, channels, mask_c)
     tl.store(y_ptr + offsets, y, mask=mask)
-    tl.store(mean_ptr + rows, mean, mask=mask_m)
-    tl.store(rstd_ptr + rows, rstd, mask=mask_m)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
 
 
 @triton.jit
 def _forward_wide_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr,
     W, S, GROUPS, CHANNELS, eps,
-    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One program normalises one row, a block of it at a time."""
+    """One program normalises one row, a block of its channels at a time."""
     row = tl.program_id(0).to(tl.int64)
+    members = tl.arange(0, BLOCK_C).to(tl.int64)[:, None]
+    cols = tl.arange(0, BLOCK_S)[None, :]
     x_ptr += row * W
     y_ptr += row * W
 
     # Each block has its own mean and squared deviations; they merge exactly (Chan et al. 1979).
+    seen = 0.0
     mean = 0.0
     deviations = 0.0
-    for start in range(0, W, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        mask = cols < W
-        x = tl.load(x_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_last")
-        x = x.to(tl.float32)
-        size = tl.minimum(W - start, BLOCK_N)
-        block_mean = tl.sum(x) / size
-        centred = tl.where(mask, x - block_mean, 0.0)
-        delta = block_mean - mean
-        share = size / (start + size)
-        mean += delta * share
-        deviations += tl.sum(centred * centred) + delta * delta * share * start
+    for c in range(0, CHANNELS, BLOCK_C):
+        for s in range(0, S, BLOCK_S):
+            mask = (c + members < CHANNELS) & (s + cols < S)
+            ptrs = x_ptr + (c + members) * S + (s + cols)
+            x = tl.load(ptrs, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+            size = tl.minimum(CHANNELS - c, BLOCK_C) * tl.minimum(S - s, BLOCK_S)
+            size = size.to(tl.float32)
+            block_mean = tl.sum(x) / size
+            centred = tl.where(mask, x - block_mean, 0.0)
+            delta = block_mean - mean
+            share = size / (seen + size)
+            mean += delta * share
+            deviations += tl.sum(centred * centred) + delta * delta * share * seen
+            seen += size
     rstd = tl.rsqrt(deviations / W + eps)
 
-    for start in range(0, W, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        mask = cols < W
-        x = tl.load(x_ptr + cols, mask=mask, other=0.0, eviction_policy="evict_first")
-        channels = row % GROUPS * CHANNELS + cols // S
-        y = _affine((x.to(tl.float32) - mean) * rstd, weight_ptr, bias_ptr, channels, mask)
-        tl.store(y_ptr + cols, y, mask=mask)
+    for c in range(0, CHANNELS, BLOCK_C):
+        channels = row % GROUPS * CHANNELS + (c + members)
+        for s in range(0, S, BLOCK_S):
+            mask_c = c + members < CHANNELS
+            mask = mask_c & (s + cols < S)
+            offsets = (c + members) * S + (s + cols)
+            x = tl.load(x_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
+            xhat = (x.to(tl.float32) - mean) * rstd
+            y = _affine(xhat, weight_ptr, bias_ptr, channels, mask_c)
+            tl.store(y_ptr + offsets, y, mask=mask)
 
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
@@ -151,27 +160,28 @@ def _backward_kernel(
     M, W, S, GROUPS, CHANNELS,
     BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one block of BLOCK_M rows, whose channels' sums are known."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """A program takes a block of BLOCK_M channels of samples, whose groups' sums are known."""
+    rows = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     mask_m = rows < M
-    first = (rows % GROUPS * CHANNELS)[:, None]
+    groups = rows // CHANNELS
+    first = groups % GROUPS * CHANNELS
 
     members = tl.arange(0, BLOCK_C)[None, :]
-    mask = mask_m[:, None] & (members < CHANNELS)
-    sums = rows[:, None] * CHANNELS + members
+    mask = mask_m & (members < CHANNELS)
+    sums = groups * CHANNELS + members
     db = tl.load(db_ptr + sums, mask=mask, other=0.0)
     dw = tl.load(dw_ptr + sums, mask=mask, other=0.0)
     mean_g = tl.sum(_affine(db, weight_ptr, None, first + members, mask), 1)[:, None] / W
     mean_gx = tl.sum(_affine(dw, weight_ptr, None, first + members, mask), 1)[:, None] / W
 
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = mask_m[:, None] & (cols < W)[None, :]
-    offsets = rows[:, None] * W + cols[None, :]
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    mask = mask_m & (cols < S)
+    offsets = rows * S + cols
     dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.load(mean_ptr + rows, mask=mask_m, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)[:, None]
-    g = _affine(dy, weight_ptr, None, first + (cols // S)[None, :], mask)
+    mean = tl.load(mean_ptr + groups, mask=mask_m, other=0.0)
+    rstd = tl.load(rstd_ptr + groups, mask=mask_m, other=0.0)
+    g = _affine(dy, weight_ptr, None, rows % (GROUPS * CHANNELS), mask_m)
     dx = rstd * (g - mean_g - (x - mean) * rstd * mean_gx)
     tl.store(dx_ptr + offsets, dx, mask=mask)
 
@@ -232,21 +242,20 @@ def _backward(
     x, dy = input.contiguous(), dy.contiguous()
     M, W, S, channels = _sizes(x, num_groups)
     dw, db = mean.new_empty((2, *x.shape[:2])).unbind()
-    block_s = min(triton.next_power_of_2(S), 1024)
+    block_s = min(triton.next_power_of_2(S), 2048)
     block_m = 2048 // block_s
-    _channel_sums_kernel[(triton.cdiv(M * channels, block_m),)](
+    programs = triton.cdiv(M * channels, block_m)
+    tile = {"BLOCK_M": block_m, "BLOCK_N": block_s, "num_warps": 4}
+    _channel_sums_kernel[(programs,)](
         dy, x, mean, rstd, dw, db,
         M * channels, S, channels,
-        BLOCK_M=block_m, BLOCK_N=block_s, num_warps=4,
+        **tile,
     )  # fmt: skip
     if wanted[0]:
-        block_n = min(triton.next_power_of_2(W), 2048)
-        block_m = min(2048 // block_n, triton.next_power_of_2(M))
-        _backward_kernel[(triton.cdiv(M, block_m), triton.cdiv(W, block_n))](
+        _backward_kernel[(programs, triton.cdiv(S, block_s))](
             dy, x, weight, mean, rstd, dw, db, dx,
-            M, W, S, num_groups, channels,
-            BLOCK_C=triton.next_power_of_2(channels), BLOCK_M=block_m, BLOCK_N=block_n,
-            num_warps=4,
+            M * channels, W, S, num_groups, channels,
+            BLOCK_C=triton.next_power_of_2(channels), **tile,
         )  # fmt: skip
     if wanted[1] or wanted[2]:
         sum_parts(dw, db, dweight if wanted[1] else None, dbias if wanted[2] else None)
@@ -283,21 +292,17 @@ def _forward(
         return y, mean, rstd
     x = input.contiguous()
     M, W, S, channels = _sizes(x, num_groups)
-    if W <= WIDE:
-        tile = row_tile(W)
-        if W > WIDE // 2:
-            tile["num_warps"] = 32  # as the layer norm
-        _forward_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](
-            x, weight, bias, y, mean, rstd,
-            M, W, S, num_groups, channels, eps,
-            **tile,
-        )  # fmt: skip
-    else:
-        _forward_wide_kernel[(M,)](
-            x, weight, bias, y, mean, rstd,
-            W, S, num_groups, channels, eps,
-            BLOCK_N=4096, num_warps=8,
-        )  # fmt: skip
+    block_c, block_s = (triton.next_power_of_2(n) for n in (channels, S))
+    kernel = _forward_kernel if block_c * block_s <= WIDE else _forward_wide_kernel
+    if kernel is _forward_wide_kernel:
+        block_s = min(block_s, 4096)
+        block_c = min(block_c, 4096 // block_s)
+    kernel[(M,)](
+        x, weight, bias, y, mean, rstd,
+        W, S, num_groups, channels, eps,
+        BLOCK_C=block_c, BLOCK_S=block_s,
+        num_warps=min(max(block_c * block_s // 512, 1), 32),  # 16 numbers a thread
+    )  # fmt: skip
     return y, mean, rstd
 
 

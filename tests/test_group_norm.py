@@ -53,6 +53,12 @@ def test_a_large_mean_costs_no_accuracy(S):
     check(OP, inputs(torch.randn(1, 4, S) + 1e3, 2))
 
 
+def test_channels_of_unlike_means():
+    """Blocks of a wide row whose means are far apart, in one channel and over several."""
+    torch.manual_seed(0)
+    check(OP, inputs(torch.randn(1, 3, 6000) + torch.tensor([[[0.0], [30.0], [-9.0]]]), 1))
+
+
 def test_a_bad_number_stays_in_its_group():
     torch.manual_seed(0)
     x = torch.randn(2, 4, 5)

@@ -20,6 +20,7 @@ import test_add_norm
 import test_attention_options
 import test_dropout
 import test_embedding
+import test_group_norm
 import test_layer_norm
 import test_ops
 import test_rotary
@@ -115,6 +116,7 @@ BLOCKS = test_dropout.test_around_whole_blocks
 RUNS = test_embedding.test_runs_across_chunks
 PADDING = test_embedding.test_the_padding_row_gets_no_gradient
 MISSING = test_embedding.test_numbers_outside_the_table
+CHANNEL_MEANS = test_group_norm.test_channels_of_unlike_means
 LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
 
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
@@ -243,10 +245,10 @@ LOG_SOFTMAX = [
 
 GROUP_NORM = [
     ("_affine", "xhat += ", "xhat = ", FLOAT64),
-    ("_forward_kernel", "rows % GROUPS * CHANNELS", "rows % GROUPS", FLOAT64),
-    ("_forward_kernel", "tl.where(mask, x - mean[:, None], 0.0)", "x - mean[:, None]", FLOAT64),
-    ("_forward_wide_kernel", "cols // S", "cols % S", FLOAT64),
+    ("_forward_kernel", "row % GROUPS * CHANNELS", "row % GROUPS", FLOAT64),
+    ("_forward_kernel", "tl.where(mask, x - mean, 0.0)", "x - mean", FLOAT64),
     ("_forward_wide_kernel", "mean += delta * share", "mean += delta", FLOAT64),
+    ("_forward_wide_kernel", "delta * delta * share * seen", "0.0", CHANNEL_MEANS),
     ("_channel_sums_kernel", "groups = rows // CHANNELS", "groups = rows % CHANNELS", FLOAT64),
     ("_channel_sums_kernel", "tl.where(mask, dy * (x - mean), 0.0)", "dy * x", FLOAT64),
     ("_channel_sums_kernel", "& (cols < S)[None, :]", "", MEMORY),
