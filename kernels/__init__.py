@@ -8,6 +8,7 @@ from . import cross_entropy as _cross_entropy
 from . import dropout as _dropout
 from . import embedding as _embedding
 from . import glu as _glu
+from . import group_norm as _group_norm
 from . import int4_linear as _int4_linear
 from . import int8_linear as _int8_linear
 from . import layer_norm as _layer_norm
@@ -39,6 +40,7 @@ from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .dropout import Dropout, dropout
 from .embedding import Embedding, embedding
 from .glu import geglu, swiglu
+from .group_norm import GroupNorm, group_norm
 from .int4_linear import Int4Linear, dequantize_int4, int4_linear, quantize_int4
 from .int8_linear import Int8Linear, dequantize_int8, int8_linear, quantize_int8
 from .layer_norm import LayerNorm, layer_norm
@@ -61,6 +63,7 @@ OPS = {
         _sdpa.OP,
         _layer_norm.OP,
         _rms_norm.OP,
+        _group_norm.OP,
         *_add_norm.OPS,
         *_softmax.OPS,
         _cross_entropy.OP,
@@ -86,6 +89,7 @@ __all__ = [
     "CrossEntropyLoss",
     "Dropout",
     "Embedding",
+    "GroupNorm",
     "Int4Linear",
     "Int8Linear",
     "LayerNorm",
@@ -109,6 +113,7 @@ __all__ = [
     "flash_attention_varlen",
     "geglu",
     "gelu",
+    "group_norm",
     "int4_linear",
     "int8_linear",
     "layer_norm",

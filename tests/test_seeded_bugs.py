@@ -22,6 +22,7 @@ import test_attention_options
 import test_cross_entropy
 import test_dropout
 import test_embedding
+import test_group_norm
 import test_layer_norm
 import test_ops
 import test_rotary
@@ -123,6 +124,7 @@ NO_CLASS = test_cross_entropy.test_targets_outside_give_nan_and_read_nothing
 CE_SHIFT = test_cross_entropy.test_a_shift_of_the_logits_costs_no_accuracy
 CE_SHAPES = test_cross_entropy.test_shapes_of_every_kind
 IGNORED = test_cross_entropy.test_ignored_rows_of_nan_cost_nothing
+CHANNEL_MEANS = test_group_norm.test_channels_of_unlike_means
 LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
 
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
@@ -252,6 +254,19 @@ LOG_SOFTMAX = [
     ("_gradient", "tl.exp(y) * total", "total", FLOAT64),
 ]
 
+GROUP_NORM = [
+    ("_affine", "xhat += ", "xhat = ", FLOAT64),
+    ("_forward_kernel", "row % GROUPS * CHANNELS", "row % GROUPS", FLOAT64),
+    ("_forward_kernel", "tl.where(mask, x - mean, 0.0)", "x - mean", FLOAT64),
+    ("_forward_wide_kernel", "mean += delta * share", "mean += delta", FLOAT64),
+    ("_forward_wide_kernel", "delta * delta * share * seen", "0.0", CHANNEL_MEANS),
+    ("_channel_sums_kernel", "groups = rows // CHANNELS", "groups = rows % CHANNELS", FLOAT64),
+    ("_channel_sums_kernel", "tl.where(mask, dy * (x - mean), 0.0)", "dy * x", FLOAT64),
+    ("_channel_sums_kernel", "& (cols < S)[None, :]", "", MEMORY),
+    ("_backward_kernel", "& (members < CHANNELS)", "", FLOAT64),
+    ("_backward_kernel", "(x - mean) * rstd * mean_gx", "(x - mean) * mean_gx", FLOAT64),
+]
+
 # (op, module and kernel, what stands there, what the mistake makes of it, the test that notices)
 POINTWISE = [
     ("gelu", "activations:activation", "0.5 + 0.5 * tl.erf", "0.5 * tl.erf", FLOAT64),
@@ -355,6 +370,7 @@ BUGS = [
     *(Bug("add_rms_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_RMS_NORM),
     *(Bug("rms_norm", f"rms_norm:{kernel}", *rest) for kernel, *rest in RMS_NORM),
     *(Bug("layer_norm", f"layer_norm:{kernel}", *rest) for kernel, *rest in LAYER_NORM),
+    *(Bug("group_norm", f"group_norm:{kernel}", *rest) for kernel, *rest in GROUP_NORM),
     Bug("layer_norm", "_rows:_sum_parts_kernel", "(rows < P)[:, None] & ", "", MEMORY),
 ]
 
