@@ -6,6 +6,7 @@ from . import add_norm as _add_norm
 from . import bias_gelu as _bias_gelu
 from . import dropout as _dropout
 from . import embedding as _embedding
+from . import fp8_linear as _fp8_linear
 from . import glu as _glu
 from . import int4_linear as _int4_linear
 from . import int8_linear as _int8_linear
@@ -35,6 +36,7 @@ from .attention import varlen as _varlen
 from .bias_gelu import bias_gelu
 from .dropout import Dropout, dropout
 from .embedding import Embedding, embedding
+from .fp8_linear import dequantize_fp8, fp8_linear, quantize_fp8
 from .glu import geglu, swiglu
 from .int4_linear import Int4Linear, dequantize_int4, int4_linear, quantize_int4
 from .int8_linear import Int8Linear, dequantize_int8, int8_linear, quantize_int8
@@ -66,6 +68,7 @@ OPS = {
         _embedding.OP,
         _int8_linear.OP,
         _int4_linear.OP,
+        *_fp8_linear.OPS,
         _sampling.OP,
         _adam_step.OP,
     )
@@ -88,6 +91,7 @@ __all__ = [
     "add_rms_norm",
     "backend",
     "bias_gelu",
+    "dequantize_fp8",
     "dequantize_int4",
     "dequantize_int8",
     "dropout",
@@ -96,6 +100,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_decode",
     "flash_attention_varlen",
+    "fp8_linear",
     "geglu",
     "gelu",
     "int4_linear",
@@ -103,6 +108,7 @@ __all__ = [
     "layer_norm",
     "log_softmax",
     "merge_attention",
+    "quantize_fp8",
     "quantize_int4",
     "quantize_int8",
     "register",
