@@ -67,11 +67,11 @@ def untouched_memory() -> Iterator[None]:
 
 
 _SMALL = 1 << 16  # elements; what is no larger is computed for real
-_HOLLOW = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
+_HOLLOW = (torch.int8, torch.uint8)  # beside floating point: codes of weights
 
 
 class _Lazy(TorchDispatchMode):
-    """Gives large results of _HOLLOW dtypes their shapes alone; indices and views are real."""
+    """Gives large numbers and bytes their shapes alone; other integers and views are real."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Runs an operator on metadata first, and for real only where that costs little."""
@@ -101,7 +101,9 @@ class _Lazy(TorchDispatchMode):
         except Exception:  # it reads values, or knows no metadata: run it
             return False
         return any(
-            isinstance(t, Tensor) and t.dtype in _HOLLOW and t.numel() > _SMALL
+            isinstance(t, Tensor)
+            and (t.is_floating_point() or t.dtype in _HOLLOW)
+            and t.numel() > _SMALL
             for t in pytree.tree_leaves(found)
         )
 
@@ -174,6 +176,9 @@ def cases_of(
                             value.requires_grad_(special == f"only {name}")
                 work = op.work(**inputs)
                 with capture_launches(target) as capture:
+                    rule = getattr(call or op.fused, "dispatch", None)
+                    if rule is not None and not rule.takes_kernel((), inputs):
+                        continue  # PyTorch takes it there, and would compute it for real
                     forward = _call(call or op.fused, inputs, capture)
                 found += [
                     Case(op.name, dtype, size, special, i >= forward, launch, work, contender)

@@ -7,6 +7,7 @@ from . import bias_gelu as _bias_gelu
 from . import cross_entropy as _cross_entropy
 from . import dropout as _dropout
 from . import embedding as _embedding
+from . import fp8_linear as _fp8_linear
 from . import glu as _glu
 from . import group_norm as _group_norm
 from . import int4_linear as _int4_linear
@@ -39,6 +40,7 @@ from .bias_gelu import bias_gelu
 from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .dropout import Dropout, dropout
 from .embedding import Embedding, embedding
+from .fp8_linear import dequantize_fp8, fp8_linear, quantize_fp8
 from .glu import geglu, swiglu
 from .group_norm import GroupNorm, group_norm
 from .int4_linear import Int4Linear, dequantize_int4, int4_linear, quantize_int4
@@ -76,6 +78,7 @@ OPS = {
         _embedding.OP,
         _int8_linear.OP,
         _int4_linear.OP,
+        *_fp8_linear.OPS,
         _sampling.OP,
         _adam_step.OP,
     )
@@ -103,6 +106,7 @@ __all__ = [
     "backend",
     "bias_gelu",
     "cross_entropy",
+    "dequantize_fp8",
     "dequantize_int4",
     "dequantize_int8",
     "dropout",
@@ -111,6 +115,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_decode",
     "flash_attention_varlen",
+    "fp8_linear",
     "geglu",
     "gelu",
     "group_norm",
@@ -121,6 +126,7 @@ __all__ = [
     "log_softmax",
     "merge_attention",
     "patch",
+    "quantize_fp8",
     "quantize_int4",
     "quantize_int8",
     "register",
