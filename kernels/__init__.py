@@ -9,7 +9,6 @@ from . import dropout as _dropout
 from . import embedding as _embedding
 from . import glu as _glu
 from . import layer_norm as _layer_norm
-from . import linear_cross_entropy as _linear_cross_entropy
 from . import rms_norm as _rms_norm
 from . import rotary as _rotary
 from . import softmax as _softmax
@@ -38,6 +37,7 @@ from .embedding import Embedding, embedding
 from .glu import geglu, swiglu
 from .layer_norm import LayerNorm, layer_norm
 from .linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+from .linear_cross_entropy import loss as _linear_cross_entropy
 from .rms_norm import RMSNorm, rms_norm
 from .rotary import rotary_embedding
 from .softmax import log_softmax, softmax

@@ -17,7 +17,8 @@ from fastlm.kernels import OPS, LinearCrossEntropyLoss, backend, explain, linear
 from fastlm.kernels import linear_cross_entropy as op
 from fastlm.kernels._dispatch import cpu_runner
 from fastlm.kernels._interpreter import interpreted
-from fastlm.kernels.linear_cross_entropy import ProjectedLoss
+from fastlm.kernels.linear_cross_entropy import tiles
+from fastlm.kernels.linear_cross_entropy.loss import ProjectedLoss
 
 NAN = float("nan")
 OP = OPS["linear_cross_entropy"]
@@ -169,8 +170,6 @@ class _Largest(TorchDispatchMode):
 
 def peak_elements(found, monkeypatch):
     """Of the largest tensor inside our operators, forward and backward."""
-    from fastlm.kernels import _logit_tiles
-
     largest = _Largest()
     fresh = torch.Tensor.new_empty
 
@@ -186,7 +185,7 @@ def peak_elements(found, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     monkeypatch.setattr(F, "linear", linear)
-    monkeypatch.setattr(_logit_tiles, "STRIP_BYTES", 64 * 40 * 4)
+    monkeypatch.setattr(tiles, "STRIP_BYTES", 64 * 40 * 4)
     with largest:
         op(**found).backward()
     return largest.seen
