@@ -320,9 +320,9 @@ OP = Op(
     example=_example,
     sizes=(
         {"N": 1, "H": 1, "V": 1},
-        {"N": 7, "H": 40, "V": 131, "bias": True, "label_smoothing": 0.1, "chunk_size": 3},
+        {"N": 5, "H": 40, "V": 131, "bias": True, "label_smoothing": 0.1, "chunk_size": 3},
         {
-            "N": 37,
+            "N": 33,
             "H": 33,
             "V": 150,
             "bias": True,

@@ -144,7 +144,7 @@ STRIP_BYTES = 128 << 20  # of ds that the backward holds at once; unmeasured
 def _tile(x: Tensor, H: int) -> dict[str, int | bool]:
     """The tile of a product; unmeasured."""
     if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
-        m, n, k, group, warps, stages = 16, 64, 32, 2, 4, 1
+        m, n, k, group, warps, stages = 16, 128, 32, 2, 4, 1
     elif x.dtype == torch.float32:  # both halves of each operand, for three tf32 products
         m, n, k, group, warps, stages = 64, 64, 32, 8, 4, 2
     else:
