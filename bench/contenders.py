@@ -139,9 +139,47 @@ def _liger_softmax() -> Call:
 def _liger_cross_entropy() -> Call:
     function = liger("cross_entropy", "LigerCrossEntropyFunction")
 
-    def call(input: Tensor, target: Tensor, ignore_index: int = -100, **_: Any) -> Tensor:
+    def call(
+        input: Tensor,
+        target: Tensor,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float = 0.0,
+    ) -> Tensor:
         # It overwrites its input, which a drop-in may not: the copy is its price here.
-        return function.apply(input.clone(), target, None, ignore_index)[0]
+        options = (z_loss, label_smoothing, "mean", softcap or None)
+        return function.apply(input.clone(), target, None, ignore_index, *options)[0]
+
+    return call
+
+
+def _liger_linear_cross_entropy() -> Call:
+    function = liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
+
+    def call(input: Tensor, linear_weight: Tensor, target: Tensor, impl: str = "") -> Tensor:
+        return function.apply(input, linear_weight, target)[0]
+
+    return call
+
+
+def _all_logits() -> Call:
+    """PyTorch's two ops, one after the other: what the eager path in chunks stands in for."""
+
+    def call(input: Tensor, linear_weight: Tensor, target: Tensor, impl: str = "") -> Tensor:
+        return F.cross_entropy(F.linear(input, linear_weight), target)
+
+    return call
+
+
+def _torch_chunked() -> Call:
+    """PyTorch's own linear cross-entropy in chunks, new in 2.13."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError
+
+    def call(input: Tensor, linear_weight: Tensor, target: Tensor, impl: str = "") -> Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(input, linear_weight, target, options=options)
 
     return call
 
@@ -233,6 +271,11 @@ _PEERS: dict[str, list[tuple[str, str, Callable[[], Call]]]] = {
     "geglu": [("liger", "liger-kernel", _liger_gated("geglu", "LigerGELUMulFunction"))],
     "softmax": [("liger", "liger-kernel", _liger_softmax)],
     "cross_entropy": [("liger", "liger-kernel", _liger_cross_entropy)],
+    "linear_cross_entropy": [
+        ("all logits", "torch", _all_logits),
+        ("torch chunked", "torch 2.13", _torch_chunked),
+        ("liger chunked", "liger-kernel", _liger_linear_cross_entropy),
+    ],
     "flash_attention": [
         *((f"sdpa {name.split('_')[0].lower()}", "torch", _sdpa(name)) for name in _BACKENDS),
         ("flex", "torch", _flex_attention),

@@ -13,7 +13,6 @@ from . import group_norm as _group_norm
 from . import int4_linear as _int4_linear
 from . import int8_linear as _int8_linear
 from . import layer_norm as _layer_norm
-from . import linear_cross_entropy as _linear_cross_entropy
 from . import rms_norm as _rms_norm
 from . import rotary as _rotary
 from . import sampling as _sampling
@@ -47,6 +46,7 @@ from .int4_linear import Int4Linear, dequantize_int4, int4_linear, quantize_int4
 from .int8_linear import Int8Linear, dequantize_int8, int8_linear, quantize_int8
 from .layer_norm import LayerNorm, layer_norm
 from .linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+from .linear_cross_entropy import loss as _linear_cross_entropy
 from .patch import PatchReport, patch
 from .rms_norm import RMSNorm, rms_norm
 from .rotary import rotary_embedding
