@@ -114,7 +114,8 @@ def hollow(op: Op, dtype: torch.dtype, size: Mapping[str, Any], offset: int = 0)
         size: Arguments of ``op.example``.
         offset: Elements by which every tensor starts past an aligned address.
     """
-    with untouched_memory(), _Lazy():
+    with untouched_memory(), torch.random.fork_rng(devices=[]), _Lazy():
+        torch.manual_seed(0)  # tables of lengths and indices are the same every time
         inputs = op.example(dtype, CPU, **size)
     if not offset:
         return inputs

@@ -230,10 +230,15 @@ def _snapshot(args: argparse.Namespace) -> int:
         snapshot.write(snapshot.take())
         print(f"wrote {snapshot.FILE}")
         return 0
-    worse = snapshot.regressions(snapshot.read(), snapshot.take())
+    committed = snapshot.read()
+    now, compiled = snapshot.changed(committed)
+    worse = snapshot.regressions(committed, now)
     for text in worse:
         print(f"REGRESSION {text}")
-    print(f"{len(worse) or 'no'} regressions against {snapshot.FILE.name}")
+    print(
+        f"{len(worse) or 'no'} regressions against {snapshot.FILE.name}: "
+        f"{len(now['rows'])} launches, {compiled} compiled, the rest unchanged"
+    )
     return int(bool(worse))
 
 
