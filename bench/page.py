@@ -1,7 +1,9 @@
 """The page that reports share: style, parts and script. One file, no network, light and dark."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 from .charts import element
 
@@ -100,8 +102,8 @@ def _colours() -> str:
     return "\n".join(rules)
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """A whole document around the parts of its body."""
+def page(title: str, body: Iterable[str], data: Mapping[str, Any] | None = None) -> str:
+    """A whole document around the parts of its body, and the report itself as JSON if given."""
     head = (
         '<meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -109,6 +111,9 @@ def page(title: str, body: Iterable[str]) -> str:
         + element("style", _STYLE + _colours())
     )
     content = element("main", "".join(body)) + element("script", _SCRIPT)
+    if data is not None:
+        text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # ends no script early
+        content += element("script", text, type="application/json", id="report")
     document = element("head", head) + element("body", content)
     return "<!doctype html>" + element("html", document, lang="en") + "\n"
 

@@ -101,7 +101,8 @@ def changed(committed: dict[str, Any], processes: int = 2) -> tuple[dict[str, An
 
 def write(snapshot: dict[str, Any], file: Path = FILE) -> None:
     """Writes a snapshot, a row a line, so that a change shows as the rows it touches."""
-    lines = ["{", *(f'"{name}": {json.dumps(snapshot[name])},' for name in ("triton", "parts"))]
+    makers = ("triton", "model", "parts")
+    lines = ["{", *(f'"{name}": {json.dumps(snapshot[name])},' for name in makers)]
     for name, end in (("rows", ","), ("calls", "")):
         body = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in snapshot[name].items()]
         lines += [f'"{name}": {{', ",\n".join(body), "}" + end]
