@@ -169,7 +169,7 @@ def _sdpa(backend: str | None) -> Callable[[], Call]:
 
         if backend is None:
             return F.scaled_dot_product_attention
-        chosen = SDPBackend[backend]
+        chosen = getattr(SDPBackend, backend)
 
         def call(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
             with sdpa_kernel(chosen):
