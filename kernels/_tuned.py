@@ -49,10 +49,13 @@ def tunable(*fields: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             tile = choose(*args, **kwargs)
             if not (_winners or _trial or _observer):
                 return tile
-            frame = sys._getframe(1)
-            while frame.f_globals["__name__"] == choose.__module__ and frame.f_back:
-                frame = frame.f_back
-            caller = frame.f_globals["__name__"].rpartition(".")[2]  # ops that share it differ
+            home = choose.__module__
+            if home.rpartition(".")[2].startswith("_"):  # shared by ops, whose best tiles differ
+                frame = sys._getframe(1)
+                while frame.f_globals["__name__"] == choose.__module__ and frame.f_back:
+                    frame = frame.f_back
+                home = frame.f_globals["__name__"]
+            caller = home.rpartition(".")[2]
             words = [_word(value) for value in (*args, *kwargs.values())]
             key = f"{caller}: {choose.__name__}({', '.join(words)})"
             return cast(R, _replaced(tile, key, fields))
