@@ -144,7 +144,10 @@ _LLAMA: dict[str, Any] = {
 
 # "tiny" is the shape of nanoGPT's CPU example. Vocabularies of 256 are bytes.
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"vocab_size": 256, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128},
+    "tiny": {
+        "vocab_size": 256, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128,
+        "activation": "gelu", "bias": False,
+    },
     "gpt2": {},
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},

@@ -6,9 +6,11 @@ and normalises both in one kernel (``add_layer_norm``), and hands on the next pa
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ class Place:
     sin: Tensor
     cu_seqlens: Tensor | None
     cache: KVCache | None
+    lengths: Tensor | None  # of each sequence of the cache, this call's tokens counted
 
 
 class Norm(nn.Module):
@@ -78,8 +81,8 @@ class Attention(nn.Module):
             q = self.ops.rms_norm(q, (D,), self.q_norm, config.norm_eps)
             k = self.ops.rms_norm(k, (D,), self.k_norm, config.norm_eps)
         if config.position == "rotary":
-            start = 0 if place.cache is None else place.cache.lengths
-            turn = {"offsets": start, "cu_seqlens": place.cu_seqlens}
+            begin = 0 if place.cache is None else place.cache.begin
+            turn = {"offsets": begin, "cu_seqlens": place.cu_seqlens}
             q = self.ops.rotary_embedding(q, place.cos, place.sin, **turn)
             k = self.ops.rotary_embedding(k, place.cos, place.sin, **turn)
         return self.c_proj(self.attend(q, k, v, place).flatten(-2))
@@ -87,15 +90,15 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
         """Attention over this call's keys, and the cache's before them."""
         config, cache = self.config, place.cache
-        window = (-1 if config.window is None else config.window, -1)
-        options = {"causal": config.causal, "window_size": window}
+        options: dict[str, Any] = {"causal": config.causal}
+        if config.window is not None:
+            options["window_size"] = (config.window, -1)
         if cache is not None:
             cache.write(self.layer, place.positions, k, v)
             if cache.most:
                 keys, values = cache.seen(self.layer, q.shape[1])
-                lengths = cache.lengths + q.shape[1]
                 return self.ops.flash_attention_decode(
-                    q, keys, values, cache_seqlens=lengths, **options
+                    q, keys, values, cache_seqlens=place.lengths, **options
                 )
         if self.training and config.dropout:
             options["dropout_p"] = config.dropout
@@ -159,8 +162,8 @@ class GPT(nn.Module):
 
     Args:
         config: Its shape and style.
-        ops: ``"fused"``, ``"eager"``, or a mapping from an op's name to either; resolved here, once.
-            Parameters are the same whatever it says.
+        ops: ``"fused"``, ``"eager"``, or a mapping from an op's name to either: resolved here,
+            once. Parameters are the same whatever it says.
     """
 
     def __init__(self, config: GPTConfig, ops: Choice | Mapping[str, Choice] = "fused"):
@@ -211,7 +214,7 @@ class GPT(nn.Module):
             reduction: Of the loss: "mean", "sum" or "none".
 
         Returns:
-            (logits, None) with logits (..., T, vocab_size), or (None, loss) where there are targets.
+            (logits, None), logits (..., T, vocab_size); or (None, loss) where there are targets.
 
         Raises:
             ValueError: Tokens of a wrong shape or dtype, or more than ``block_size`` of them.
@@ -246,15 +249,57 @@ class GPT(nn.Module):
     def place(self, ids: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None) -> Place:
         """Where the tokens stand. Raises where they cannot be the model's input."""
         check_ids(ids, self.config.block_size, cache, cu_seqlens)
+        lengths = None
         if cache is not None:
-            positions = cache.positions(ids.shape[1])
+            positions, lengths = cache.positions(ids.shape[1]), cache.lengths + ids.shape[1]
         elif cu_seqlens is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         else:
             index = torch.arange(ids.shape[0], device=ids.device)
             starts = cu_seqlens.long()
             positions = index - starts[torch.searchsorted(starts, index, right=True) - 1]
-        return Place(positions, self.cos, self.sin, cu_seqlens, cache)
+        return Place(positions, self.cos, self.sin, cu_seqlens, cache, lengths)
+
+    def generate(self, ids: Any, max_new_tokens: int | None = None, **options) -> list[Tensor]:
+        """Continues prompts: see ``fastlm.lm.generate``."""
+        from .generate import generate
+
+        return generate(self, ids, max_new_tokens, **options)
+
+    def stream(self, ids: Any, max_new_tokens: int | None = None, **options) -> Iterator[int]:
+        """The new tokens of one prompt as they are drawn: see ``fastlm.lm.generate``."""
+        from .generate import stream
+
+        return stream(self, ids, max_new_tokens, **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a folder that ``from_pretrained`` and Hugging Face's ``transformers`` open."""
+        from .hf import save
+
+        save(self, folder)
+
+    @staticmethod
+    def from_pretrained(
+        folder: str | Path,
+        ops: Choice | Mapping[str, Choice] = "fused",
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> "GPT":
+        """The model of a folder that we or ``transformers`` saved, in evaluation mode.
+
+        Args:
+            folder: Holds config.json and model.safetensors, or the latter's shards.
+            ops: As ``GPT``.
+            device: Where its parameters go.
+            dtype: Of its parameters; None: as stored.
+
+        Raises:
+            ValueError: A file that is missing, damaged, of another format or another model.
+        """
+        from .hf import load
+
+        return load(folder, ops, device=device, dtype=dtype)
 
     def num_params(self) -> int:
         """Parameters, a tied head counted once."""
@@ -294,7 +339,10 @@ def check_ids(
         )
     if cu_seqlens is not None and cache is not None:
         raise ValueError("GPT: cache must be None beside cu_seqlens")
-    before = 0 if cache is None else cache.most
+    before = 0
+    if cache is not None:
+        before = cache.most
+        cache.check_room(ids.shape[1])
     if cu_seqlens is None and before + ids.shape[1] > block_size:
         raise ValueError(
             f"GPT: ids must end within block_size, {block_size} tokens; got {ids.shape[1]} tokens"

@@ -15,6 +15,7 @@ from fastlm.kernels import (
     flash_attention_decode,
     merge_attention,
 )
+from fastlm.kernels._dispatch import cpu_runner
 
 pytestmark = pytest.mark.usefixtures("kernels")
 CPU = torch.device("cpu")
@@ -209,3 +210,25 @@ def test_merge_refusals():
         merge_attention([o], [])
     with pytest.raises(ValueError, match=r"merge_attention: part 1 must be \(1, 3, 1, 4\)"):
         merge_attention([o, o], [lse, lse[..., :2]])
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"lengths": (9, 9)},
+        {"lengths": (112, 112), "softmax_scale": 0.3},
+        {"lengths": (9, 9), "window_size": (3, -1), "softmax_scale": 0.3},
+        {"lengths": (9, 9), "window_size": (3, 0), "H_kv": 4},
+        {"lengths": (9, 9), "window_size": (-1, 2), "causal": False},
+        {"lengths": (4, 4), "S_q": 4},
+        {"lengths": (4, 4), "S_q": 4, "causal": False},
+        {"lengths": (9, 8)},
+        {"lengths": (9, 9), "S_q": 4},
+        {"lengths": (0, 0)},
+        {"lengths": (200, 200)},
+    ],
+)
+def test_without_a_kernel(size):
+    """On a plain CPU sequences of one length take PyTorch's fused op, and give the same."""
+    with cpu_runner(None):
+        check(OP, example(**size) | {"return_lse": False})

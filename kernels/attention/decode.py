@@ -1,6 +1,7 @@
 """``flash_attention_decode``: the newest tokens over a key-value cache; forward only."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch import dispatched
@@ -129,6 +130,47 @@ def reference(
     return (o, lse) if return_lse else o
 
 
+def _eager(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    num_splits: int = 0,
+    **options,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same from PyTorch's fused op where that needs no mask: sequences of one length.
+
+    Only on a CPU are lengths free to read.
+    """
+    _check(q, k_cache, v_cache, cache_seqlens, block_table, num_splits)
+    S_q, lengths = q.shape[1], [0]
+    readable = q.device.type == "cpu" and not torch.compiler.is_compiling() and q.shape[0] > 0
+    if readable and block_table is None and not options and q.dtype == k_cache.dtype:
+        lengths = cache_seqlens.tolist()
+    S = lengths[0]
+    one = S_q == 1 and min(window_size) >= -1  # it stands at the end, and sees all or the last few
+    all_there_is = S_q == S and window_size == (-1, -1)
+    even = 0 < S <= k_cache.shape[1] and lengths.count(S) == len(lengths)
+    if not (even and (one or all_there_is)):
+        return reference(
+            q, k_cache, v_cache, cache_seqlens=cache_seqlens, block_table=block_table,
+            causal=causal, softmax_scale=softmax_scale, window_size=window_size,
+            num_splits=num_splits, **options,
+        )  # fmt: skip
+    begin = 0 if window_size[0] == -1 else max(S - 1 - window_size[0], 0)
+    k, v = (x[:, begin:S].transpose(1, 2) for x in (k_cache, v_cache))
+    o = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, is_causal=causal and S_q > 1, scale=softmax_scale,
+        enable_gqa=q.shape[2] != k.shape[1],
+    )  # fmt: skip
+    return o.transpose(1, 2)
+
+
 def _uncovered(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens, **options
 ) -> str | None:
@@ -141,7 +183,7 @@ def _uncovered(
     return flash.kernel_refuses({"q": q, "k_cache": cache, "v_cache": v_cache[:0].to(q.dtype)})
 
 
-@dispatched(eager=reference, uncovered=_uncovered)
+@dispatched(eager=_eager, uncovered=_uncovered)
 def flash_attention_decode(
     q: Tensor,
     k_cache: Tensor,

@@ -1,0 +1,169 @@
+"""Checkpoints that a kill at any instant cannot spoil: safetensors and JSON, checksummed.
+
+A run folder holds ``checkpoints/000500/`` for step 500, written under another name, synchronised
+and then renamed, so that a folder of that name is whole. It holds the model as a Hugging Face
+folder, the optimizer in ``optimizer/`` by PyTorch's distributed checkpointing (any number of
+processes can read what any other number wrote), and the rest in ``state.json``. No pickle is read.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from . import hf
+from .atomic import sync
+from .config import read_json
+from .parallel import World, inner
+
+Facts = dict[str, Any]
+_SUMS = "checksums.json"
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def write(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    facts: Facts,
+    world: World,
+) -> Path:
+    """Saves a checkpoint, every process its share; gives its folder.
+
+    Args:
+        run: The run folder.
+        step: Steps taken.
+        model: The model, spread over the processes or not.
+        optimizer: Its optimizer.
+        facts: Plain data to keep beside them.
+        world: This process.
+    """
+    folder = run / "checkpoints" / f"{step:06d}"
+    part = folder.with_name(f"{folder.name}.part")
+    if world.main:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    world.wait()
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=whole)  # empty in all but the main process
+    with _alone(world) as no_dist:
+        writer = HuggingFaceStorageWriter(str(part / "optimizer"), save_distributed=True)
+        dcp.save(_optimizer_tensors(model, optimizer), storage_writer=writer, no_dist=no_dist)
+    if world.main:
+        hf.save(inner(model), part, weights)
+        (part / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
+        files = sorted(p for p in part.rglob("*") if p.is_file())
+        sums = {p.relative_to(part).as_posix(): _digest(p) for p in files}
+        (part / _SUMS).write_text(json.dumps(sums, indent=1))
+        for path in (*part.rglob("*"), part):
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+        sync(folder.parent)
+    world.wait()
+    return folder
+
+
+def publish(run: Path, folder: Path) -> None:
+    """Puts a checkpoint's model files at the top of the run folder, each in one rename."""
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        if path.name in (_SUMS, "state.json"):
+            continue
+        part = run / f".{path.name}.part"
+        part.unlink(missing_ok=True)
+        try:
+            os.link(path, part)
+        except OSError:  # a file system without hard links
+            shutil.copy2(path, part)
+        part.replace(run / path.name)
+    sync(run)
+
+
+def remove_old(run: Path, keep: int) -> None:
+    """Removes all checkpoints but the newest ``keep``."""
+    for old in steps(run)[:-keep]:
+        shutil.rmtree(run / "checkpoints" / f"{old:06d}")
+
+
+def steps(run: Path) -> list[int]:
+    """The steps that have a whole checkpoint, oldest first."""
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit())
+
+
+def newest(run: Path) -> tuple[Path, Facts]:
+    """The newest checkpoint of a run, and the plain data in it, ``step`` among them.
+
+    Raises:
+        ValueError: There is none, or its files are not as they were written.
+    """
+    found = steps(run)
+    if not found:
+        raise ValueError(f"{run} must hold a checkpoint to go on from; it has none")
+    folder = run / "checkpoints" / f"{found[-1]:06d}"
+    verify(folder)
+    return folder, read_json(folder / "state.json")
+
+
+def read_optimizer(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> None:
+    """Gives the optimizer the states of a checkpoint."""
+    have = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    tensors = {name: t for name, t in have.items() if isinstance(t, Tensor)}
+    with _alone(world) as no_dist:
+        reader = HuggingFaceStorageReader(str(folder / "optimizer"))
+        dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
+    set_optimizer_state_dict(model, optimizer, {**have, **tensors}, options=_FLAT)
+
+
+def verify(folder: Path) -> None:
+    """Raises ValueError where a file of a checkpoint is missing or has other contents."""
+    for name, digest in read_json(folder / _SUMS).items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if _digest(path) != digest:
+            raise ValueError(f"{path} is not what was saved: its checksum differs")
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """States by the parameter's name. Learning rates and the like come from the settings."""
+    found = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+    return {name: t for name, t in found.items() if isinstance(t, Tensor)}
+
+
+@contextlib.contextmanager
+def _alone(world: World) -> Iterator[bool]:
+    """Whether there is no process group; PyTorch's warning that there is none is kept back."""
+    with warnings.catch_warnings():
+        if world.size == 1:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield world.size == 1
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
