@@ -1,7 +1,7 @@
 """The launches that each op makes, forward and backward, on inputs that take no memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,13 @@ class _Lazy(TorchDispatchMode):
         )
 
 
+@contextmanager
+def hollow_results() -> Iterator[None]:
+    """Spares PyTorch's operators inside the block the computation of large results."""
+    with _Lazy():
+        yield
+
+
 def hollow(op: Op, dtype: torch.dtype, size: Mapping[str, Any], offset: int = 0) -> dict[str, Any]:
     """The op's example inputs, of which large floating-point tensors hold nothing.
 
@@ -173,7 +180,9 @@ def cases_of(
                         if isinstance(value, Tensor) and value.requires_grad:
                             value.requires_grad_(special == f"only {name}")
                 work = op.work(**inputs)
-                with capture_launches(target) as capture:
+                # PyTorch's part of a peer's host code would be computed, on the CPU
+                lazy = hollow_results() if contender != "fused" else nullcontext()
+                with capture_launches(target) as capture, lazy:
                     forward = _call(call or op.fused, inputs, capture)
                 found += [
                     Case(op.name, dtype, size, special, i >= forward, launch, work, contender)

@@ -109,10 +109,40 @@ def _liger_rms_norm() -> Call:
     function = liger("rms_norm", "LigerRMSNormFunction")
 
     def call(
-        input: Tensor, normalized_shape: Any, weight: Tensor, eps: float | None = None
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor,
+        eps: float | None = None,
+        *,
+        weight_offset: float = 0.0,
     ) -> Tensor:
         eps = torch.finfo(input.dtype).eps if eps is None else eps
-        return function.apply(input, weight, eps, 0.0, "llama", False)
+        return function.apply(input, weight, eps, weight_offset, "llama", False)
+
+    return call
+
+
+def _liger_add_rms_norm() -> Call:
+    function = liger("fused_add_rms_norm", "LigerFusedAddRMSNormFunction")
+
+    def call(
+        x: Tensor,
+        residual: Tensor,
+        normalized_shape: Any,
+        weight: Tensor,
+        eps: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        return function.apply(x, residual, weight, eps, 0.0, "llama", False)
+
+    return call
+
+
+def _liger_relu_squared() -> Call:
+    function = liger("relu_squared", "LigerReLUSquaredFunction")
+
+    def call(x: Tensor) -> Tensor:
+        return function.apply(x)
 
     return call
 
@@ -121,7 +151,9 @@ def _liger_gated(module: str, name: str) -> Callable[[], Call]:
     def build() -> Call:
         function = liger(module, name)
 
-        def call(gate: Tensor, up: Tensor, **_: Any) -> Tensor:
+        def call(gate: Tensor, up: Tensor, approximate: str = "tanh") -> Tensor:
+            if approximate != "tanh":
+                raise NotImplementedError("it computes GELU by tanh alone")
             return function.apply(gate, up)
 
         return call
@@ -143,9 +175,41 @@ def _liger_softmax() -> Call:
 def _liger_cross_entropy() -> Call:
     function = liger("cross_entropy", "LigerCrossEntropyFunction")
 
-    def call(input: Tensor, target: Tensor, ignore_index: int = -100, **_: Any) -> Tensor:
+    def call(
+        input: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        z_loss: float = 0.0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        options = (z_loss, label_smoothing, reduction, softcap or None)
         # It overwrites its input, which a drop-in may not: the copy is its price here.
-        return function.apply(input.clone(), target, None, ignore_index)[0]
+        return function.apply(input.clone(), target, weight, ignore_index, *options)[0]
+
+    return call
+
+
+def _liger_linear_cross_entropy() -> Call:
+    function = liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
+
+    def call(
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        *,
+        linear_bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        impl: str = "chunked",
+    ) -> Tensor:
+        if impl != "chunked":
+            raise NotImplementedError("it works in chunks")
+        given = (input, linear_weight, target, linear_bias, weight, ignore_index)
+        return function.apply(*given)[0]
 
     return call
 
@@ -266,10 +330,13 @@ _PEERS: dict[str, list[tuple[str, str, Callable[[], Call]]]] = {
         ("apex", "apex", _apex_layer_norm),
     ],
     "rms_norm": [("liger", "liger-kernel", _liger_rms_norm)],
+    "add_rms_norm": [("liger", "liger-kernel", _liger_add_rms_norm)],
+    "relu_squared": [("liger", "liger-kernel", _liger_relu_squared)],
     "swiglu": [("liger", "liger-kernel", _liger_gated("swiglu", "LigerSiLUMulFunction"))],
     "geglu": [("liger", "liger-kernel", _liger_gated("geglu", "LigerGELUMulFunction"))],
     "softmax": [("liger", "liger-kernel", _liger_softmax)],
     "cross_entropy": [("liger", "liger-kernel", _liger_cross_entropy)],
+    "linear_cross_entropy": [("liger", "liger-kernel", _liger_linear_cross_entropy)],
     "scaled_dot_product_attention": _ATTENTION,
     "flash_attention": [
         ("sdpa", "torch", _in_our_layout(_sdpa(None))),

@@ -166,19 +166,30 @@ def gather(
     *,
     sizes: str = "one",
     dtypes: str = "one",
-    peers: bool = False,
 ) -> list[Job]:
     """Every launch that the ops make on the targets; arguments as those of ``static_report``."""
+    return [
+        (case, as_target(target).arch)
+        for target in targets
+        for name in ops
+        for case in cases_of(
+            OPS[name], target, sizes=_sizes(name, sizes), dtypes=_dtypes(name, dtypes)
+        )
+    ]
+
+
+def gather_peers(
+    targets: Sequence[str], ops: Sequence[str], *, sizes: str, dtypes: str
+) -> tuple[list[Job], dict[str, str]]:
+    """Every launch that installed peers make for the same calls, and why others are missing."""
     jobs: list[Job] = []
+    missing: dict[str, str] = {}
     for target in targets:
-        arch = as_target(target).arch
         for name in ops:
-            chosen = {"sizes": _sizes(name, sizes), "dtypes": _dtypes(name, dtypes)}
-            found = cases_of(OPS[name], target, **chosen)
-            if peers:
-                found += peer_cases(OPS[name], target, **chosen)
-            jobs += [(case, arch) for case in found]
-    return jobs
+            found, why = peer_cases(OPS[name], target, _sizes(name, sizes), _dtypes(name, dtypes))
+            jobs += [(case, as_target(target).arch) for case in found]
+            missing |= why
+    return jobs, missing
 
 
 def compiled_rows(
@@ -217,7 +228,7 @@ def static_report(
     *,
     targets: Sequence[str] = TARGETS,
     ops: Sequence[str] | None = None,
-    sizes: str = "bench",
+    sizes: str = "one",
     dtypes: str = "one",
     processes: int = 2,
     peers: bool = False,
@@ -238,7 +249,11 @@ def static_report(
     """
     started = time.perf_counter()
     names = list(OPS) if ops is None else list(ops)
-    jobs = gather(targets, names, sizes=sizes, dtypes=dtypes, peers=peers)
+    jobs = gather(targets, names, sizes=sizes, dtypes=dtypes)
+    missing: dict[str, str] = {}
+    if peers:
+        theirs, missing = gather_peers(targets, names, sizes=sizes, dtypes=dtypes)
+        jobs += theirs
     works = {(case.op, case.label): case.work for case, _ in jobs}
     rows = compiled_rows(jobs, processes)
     return {
@@ -249,6 +264,7 @@ def static_report(
         "command": " ".join(["fastlm", *sys.argv[1:]]),
         "targets": list(targets),
         "parts": {target: part(as_target(target).arch) for target in targets},
+        "missing_peers": missing,
         "assumptions": [*ASSUMPTIONS, *([_PEERS_ASSUME] if peers else [])],
         "seconds": round(time.perf_counter() - started, 1),
         "distinct_kernels": len({(case.launch.key(), arch) for case, arch in jobs}),

@@ -18,6 +18,7 @@ from . import check
 from .contenders import Field, contenders, note, versions
 from .sass import GPUS
 from .static import environment
+from .table import in_a_line
 from .timing import Call, ClockState, CudaDevice, Device, Timing, clock_state, measure
 
 MODES = ("forward", "backward", "full")
@@ -252,11 +253,6 @@ def time_setting(
         for name, why in field.skipped.items()
     ]
     return [*rows.values(), *skipped]
-
-
-def in_a_line(error: BaseException) -> str:
-    """An error's kind and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 def times_of(timing: Timing) -> dict[str, Any]:

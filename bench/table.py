@@ -18,6 +18,11 @@ def human(value: float) -> str:
     return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}"
 
 
+def in_a_line(error: BaseException) -> str:
+    """An error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
 def columns(body: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Rows as lines of aligned columns, those in ``right`` set to the right."""
     widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]

@@ -16,8 +16,8 @@ from fastlm.kernels import _tuned
 
 from . import check
 from .compare import FASTER, verdict
-from .suite import Bench, Setting, in_a_line, runner
-from .table import columns, digits
+from .suite import Bench, Setting, runner
+from .table import columns, digits, in_a_line
 from .timing import Timing, measure
 
 _GAIN = 0.02  # of the time; less is not worth another tile

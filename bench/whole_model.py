@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastlm.kernels import AdamW, backend
 
-from .suite import Bench, Peaks, in_a_line, measured_peaks, noise_flags, timed_report, times_of
+from .suite import Bench, Peaks, measured_peaks, noise_flags, timed_report, times_of
+from .table import in_a_line
 from .timing import Call, measure
 
 QUICK = ("gpt2",)

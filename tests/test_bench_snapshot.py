@@ -8,7 +8,14 @@ import torch
 import triton
 
 from fastlm.bench import docs, snapshot
-from fastlm.bench.host import call_row, import_seconds, memory_row, saved_bytes
+from fastlm.bench.host import (
+    _positional,
+    call_row,
+    import_seconds,
+    memory_row,
+    saved_bytes,
+    step_row,
+)
 from fastlm.kernels import OPS
 
 KEY = "layer_norm | bfloat16 M=8192 N=4096 | forward | _forward_kernel | sm_90"
@@ -101,6 +108,24 @@ def test_layer_norm_keeps_two_numbers_a_row():
     assert row["case"] == "bfloat16 M=8192 N=4096"
     assert row["saved"] == 8192 * 2 * 4
     assert (row["launches_forward"], row["launches_backward"]) == (1, 2)
+
+
+def test_varlen_attention_is_counted_too():
+    row = memory_row(OPS["flash_attention_varlen"])
+    assert 0 < row["saved"] < row["saved_eager"] / 100
+
+
+def test_a_training_step_is_counted():
+    row = step_row("tiny")
+    blocks = 4 * (2 + 5)  # a block's norms, its attention, forward and backward, and its activation
+    assert row["launches"] >= blocks
+    assert row["other_operators"] < row["eager_operators"]
+
+
+def test_inputs_go_by_place_where_they_can():
+    op = OPS["flash_attention"]
+    args, kwargs = _positional(op, {"q": 1, "k": 2, "v": 3, "causal": True})
+    assert (args, kwargs) == ([1, 2, 3], {"causal": True})
 
 
 def test_calls_and_imports_are_measured():
