@@ -164,7 +164,9 @@ def roofline(arch: int, work: tuple[int, int], half: bool) -> float:
     """Microseconds that the least bytes and the FLOPs of a call take on the part at its peak."""
     gpu = sass.GPUS[arch]
     bytes_, flops = work
-    peak = 2 * gpu.tensor["f16" if half else "tf32"] * gpu.multiprocessors * gpu.megahertz * 1e6
+    kind = "f16" if half else "tf32"
+    boost = max(1.0, gpu.ceiling.get(kind, gpu.ceiling[""]))  # some parts run above their clock
+    peak = 2 * gpu.tensor[kind] * gpu.multiprocessors * gpu.megahertz * 1e6 * boost
     return max(bytes_ / (gpu.dram_gbs * 1e9), flops / peak) * 1e6
 
 

@@ -43,6 +43,7 @@ li { margin: 2px 0; max-width: 95ch }
 .tile span { color: var(--soft); font-size: 13px }
 .cards { display: grid; gap: 16px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
+.cards > .card:first-child:nth-last-child(3) { grid-row: span 2; align-self: start }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
   padding: 16px 18px; min-width: 0; overflow-x: auto }
 svg { width: 100%; height: auto; display: block }

@@ -16,7 +16,7 @@ from .page import (
     table,
     tiles,
 )
-from .table import accesses_in_short, digits, human
+from .table import accesses_in_short, digits
 
 Rows = list[dict[str, Any]]
 
@@ -37,7 +37,12 @@ def html(report: dict[str, Any]) -> str:
         body.append(listing(refused, "bad"))
     if report.get("training"):
         body += _training(report["training"])
-    body += [heading("Each op at a typical size"), _calls(report, ops)]
+    note = (
+        "Modelled time, and the share of the roofline: the least bytes or FLOPs of the call at the "
+        "part's peak, over that time."
+    )
+    body += [heading("Each op at a typical size"), paragraph(note), _calls(report, ops)]
+    body += _peers(report)
     for op in ops:
         body += _op_section(report, op)
     body += [*_launches(report, ops), *_foundations(report), notice]
@@ -168,7 +173,7 @@ def _registers(row: dict[str, Any]) -> str:
 
 
 def _occupancy(row: dict[str, Any]) -> str:
-    return f"{row['occupancy']:.0%} {row['occupancy_limiter']}"
+    return f"{row['occupancy']:.0%} {row['occupancy_limiter'].removesuffix(' memory')}"
 
 
 def _sweep(report: dict[str, Any], op: str) -> str:
@@ -232,31 +237,100 @@ def _span(low: float, high: float) -> str:
 
 
 def _calls(report: dict[str, Any], ops: Sequence[str]) -> str:
-    """Modelled forward and backward of each op at its typical size."""
-    header: list[Cell] = [(name, "") for name in ("op", "inputs", "target", "pass", "whose")]
-    numbers = ("launches", "modelled us", "range", "bytes moved", "bytes needed", "of the roofline")
-    header += [(name, "n") for name in numbers]
-    body = []
+    """Modelled forward and backward of each op at its typical size, a column a target."""
+    header: list[Cell] = [
+        ("op", ""),
+        ("inputs", ""),
+        ("pass", ""),
+        ("whose", ""),
+        ("launches", "n"),
+    ]
+    header += [(f"{target}, {_part(report, target)}", "n") for target in report["targets"]]
+    body: list[list[Cell]] = []
     for op in ops:
-        case = typical_case(report, op)
-        ours = [c for c in report["calls"] if (c["op"], c["case"]) == (op, case)]
-        order = report["targets"].index
-        for call in sorted(ours, key=lambda c: (order(c["target"]), c["pass"], c["contender"])):
-            low, middle, high = call["microseconds"]
-            needed = human(call["least_bytes"]) + "B" if "least_bytes" in call else ""
-            share = f"{call['roofline_share']:.0%}" if call.get("roofline_share") else ""
-            figures = (
-                str(call["launches"]),
-                ">= " * call["guessed"] + digits(middle),
-                _span(low, high),
-                human(call["bytes"]) + "B",
-                needed,
-                share,
-            )
-            words = (call["target"], call["pass"], call["contender"])
-            row: list[Cell] = [(op, ""), (case, "wide"), *((word, "") for word in words)]
-            body.append([*row, *((figure, "n") for figure in figures)])
+        for key, by in _by_target(report, op, typical_case(report, op)).items():
+            direction, contender = key
+            launches = next(iter(by.values()))["launches"]
+            row: list[Cell] = [(op, ""), (typical_case(report, op), "wide")]
+            row += [(direction, ""), (contender, ""), (str(launches), "n")]
+            row += [(_modelled(by.get(target)), "n") for target in report["targets"]]
+            body.append(row)
     return table(header, body)
+
+
+def _part(report: dict[str, Any], target: str) -> str:
+    """The name of the part that stands for a target, in short."""
+    return str(report["parts"][target]["name"]).split("-")[0]
+
+
+def _by_target(
+    report: dict[str, Any], op: str, case: str
+) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
+    """An op's calls at one case by target, for each pass and contender, forward and ours first."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for call in report["calls"]:
+        if (call["op"], call["case"]) == (op, case):
+            found.setdefault((call["pass"], call["contender"]), {})[call["target"]] = call
+    first = ("backward", "forward").index
+    return dict(sorted(found.items(), key=lambda pair: (-first(pair[0][0]), pair[0][1] != "fused")))
+
+
+def _modelled(call: dict[str, Any] | None) -> str:
+    """Microseconds, and the share of the roofline where it is known."""
+    if call is None:
+        return ""
+    text = ">= " * call["guessed"] + f"{digits(call['microseconds'][1])} us"
+    share = call.get("roofline_share")
+    return f"{text}, {share:.0%}" if share else text
+
+
+_CLOSE = 0.15  # of a modelled time: the model cannot tell two kernels that near each other apart
+
+
+def against_peers(report: dict[str, Any]) -> list[tuple[str, str, str, str, dict[str, float]]]:
+    """Op, case, pass and peer, and the peer's modelled time over ours by target."""
+    found = []
+    for op in dict.fromkeys(call["op"] for call in report["calls"]):
+        for case in dict.fromkeys(c["case"] for c in report["calls"] if c["op"] == op):
+            calls = _by_target(report, op, case)
+            for (direction, contender), theirs in calls.items():
+                ours = calls.get((direction, "fused"), {})
+                ratios = {
+                    target: theirs[target]["microseconds"][1] / ours[target]["microseconds"][1]
+                    for target in theirs.keys() & ours.keys()
+                    if ours[target]["microseconds"][1]
+                }
+                if contender != "fused" and ratios:
+                    found.append((op, case, direction, contender, ratios))
+    return found
+
+
+def _peers(report: dict[str, Any]) -> list[str]:
+    """Ours against peers, losses as plain as wins; nothing where no peer was compiled."""
+    rows = against_peers(report)
+    missing = [f"{name}: {why}" for name, why in report.get("missing_peers", {}).items()]
+    if not rows:
+        return [listing(missing)] if missing else []
+    ratios = [ratio for *_, by in rows for ratio in by.values()]
+    wins, losses = sum(r > 1 + _CLOSE for r in ratios), sum(r < 1 / (1 + _CLOSE) for r in ratios)
+    words = (
+        f"The peer's modelled time over ours, of its own kernels alone: above 1 ours is faster. Of "
+        f"{len(ratios)} figures {wins} are wins, {losses} are losses, and the rest are within "
+        f"{_CLOSE:.0%}, where the model cannot tell."
+    )
+    header: list[Cell] = [("op", ""), ("inputs", ""), ("pass", ""), ("peer", "")]
+    header += [(f"{target}, {_part(report, target)}", "n") for target in report["targets"]]
+    body: list[list[Cell]] = []
+    for op, case, direction, peer, by in rows:
+        row: list[Cell] = [(op, ""), (case, "wide"), (direction, ""), (peer, "")]
+        for target in report["targets"]:
+            ratio = by.get(target)
+            lost = ratio is not None and ratio < 1 / (1 + _CLOSE)
+            won = ratio is not None and ratio > 1 + _CLOSE
+            kind = "n bad" if lost else "n good" if won else "n"
+            row.append((f"{ratio:.2f}x" if ratio else "", kind))
+        body.append(row)
+    return [heading("Against peers"), paragraph(words), table(header, body), listing(missing)]
 
 
 def _launches(report: dict[str, Any], ops: Sequence[str]) -> list[str]:
