@@ -7,7 +7,7 @@ from typing import Any
 
 from .charts import element
 
-_COLOURS = 6
+_COLOURS = 10
 
 _STYLE = """
 :root {
@@ -15,12 +15,14 @@ _STYLE = """
   --page: #fbfbfa; --card: #fff; --ink: #1c1d1f; --soft: #63666b; --rule: #e3e3e0;
   --track: #f0f0ed; --warn: #8a4b00; --warn-bg: #fff4e0; --bad: #b3261e; --good: #116b3a;
   --s0: #2a6fdb; --s1: #c2570c; --s2: #0f8a78; --s3: #8250df; --s4: #b3307f; --s5: #5f6b00;
+  --s6: #8a5a2b; --s7: #4b5563; --s8: #00809c; --s9: #b02a37;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #131416; --card: #1b1d20; --ink: #e8e8e6; --soft: #a0a4aa; --rule: #303338;
     --track: #26292d; --warn: #ffd08a; --warn-bg: #3a2c12; --bad: #ff8a80; --good: #6fd39b;
     --s0: #6aa5ff; --s1: #ff9a57; --s2: #4fd1bd; --s3: #b99bff; --s4: #ff8fc8; --s5: #c6d35a;
+    --s6: #d9a878; --s7: #aab4c2; --s8: #5cc8e0; --s9: #ff8b94;
   }
 }
 * { box-sizing: border-box }

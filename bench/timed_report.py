@@ -69,14 +69,13 @@ def _op_section(rows: Rows, op: str, baseline: str) -> list[str]:
     if not mine:
         return []
     names = list(dict.fromkeys(row["contender"] for row in mine))
-    colours = [f"s{i % 6}" for i in range(len(names))]
     boxes = []
     for mode in dict.fromkeys(row["mode"] for row in mine):
         chosen = [row for row in mine if row["mode"] == mode]
         caches = {row["cache"] for row in chosen}
         chosen = [row for row in chosen if row["cache"] == ("cold" if "cold" in caches else "warm")]
         boxes += _mode_boxes(chosen, op, mode, names, baseline)
-    return [heading(op), legend(names[: len(colours)]), cards(boxes)] if boxes else []
+    return [heading(op), legend(names), cards(boxes)] if boxes else []
 
 
 def _mode_boxes(rows: Rows, op: str, mode: str, names: Sequence[str], baseline: str) -> list[str]:
