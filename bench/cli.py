@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(bench_command=_default)
     on_gpu.add_run(verbs.add_parser("run", help="time every op against its contenders; on a GPU"))
     on_gpu.add_train(
-        verbs.add_parser("train", help="time training and decoding steps of models; on a GPU")
+        verbs.add_parser(
+            "train", help="time training steps and generation of whole models; on a GPU"
+        )
     )
     on_gpu.add_tune(
         verbs.add_parser("tune", help="try other tiles on this GPU and keep what is faster")

@@ -291,7 +291,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--mode",
         action="append",
         choices=("train", "decode"),
-        help="may be repeated (default: both)",
+        help="decode: generate 64 tokens; may be repeated (default: both)",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="sequences (default 8)")
     parser.add_argument("--length", type=int, default=1024, help="tokens each (default 1024)")

@@ -1,4 +1,4 @@
-"""A training step and a decoding step of whole models, fused against PyTorch.
+"""A training step and the generation of text by whole models, fused against PyTorch.
 
 Contenders are the same model with the same parameters: ``fused`` kernels and optimizer;
 ``eager``, its own op for each and its own fused AdamW; ``compiled``, that through Inductor.
@@ -31,7 +31,7 @@ class Workload:
     Attributes:
         preset: Of ``fastlm.lm.PRESETS``.
         batch: Sequences.
-        length: Tokens each; in decoding those before the new one.
+        length: Tokens each; in generation those of the prompt.
         dtype: That it computes in; parameters of a training step are float32.
     """
 
@@ -57,7 +57,7 @@ def _model(work: Workload, contender: str, device: Bench) -> Any:
     from fastlm.lm import GPT, GPTConfig
 
     torch.manual_seed(0)
-    most = max(work.length + 1, GPTConfig.preset(work.preset).block_size)
+    most = max(work.length + NEW, GPTConfig.preset(work.preset).block_size)
     config = GPTConfig.preset(work.preset, block_size=most, dropout=0.0)
     model = GPT(config, ops="eager" if contender == "exact" else "fused")
     return model.to(device.place)
@@ -138,11 +138,26 @@ def _distance(got: Tensor, exact: Tensor) -> float:
     return ((got - exact).norm() / exact.norm()).item()
 
 
-# --- decoding -----------------------------------------------------------------------------------
+# --- generation ---------------------------------------------------------------------------------
 
 
-def decoding_step(work: Workload, contender: str, device: Bench) -> tuple[Any, Call]:
-    """A model, and a call that computes one more token of each sequence behind a full cache."""
+NEW = 64  # tokens that each sequence grows by
+
+
+def generation(work: Workload, contender: str, device: Bench) -> tuple[Any, Call]:
+    """A model, and a call that continues each prompt by ``NEW`` tokens, the likeliest each."""
+    model = _model(work, contender, device).to(work.dtype).eval()
+    prompts = _tokens(model, work, device, work.length)
+
+    def grow() -> list[Tensor]:
+        with _by(contender):
+            return model.generate(prompts, NEW, temperature=0.0)
+
+    return model, grow
+
+
+def cached_logits(work: Workload, contender: str, device: Bench) -> Tensor:
+    """The logits of one token behind a cache that holds all tokens before it."""
     from fastlm.lm import KVCache
 
     model = _model(work, contender, device).to(work.dtype).eval()
@@ -150,19 +165,11 @@ def decoding_step(work: Workload, contender: str, device: Bench) -> tuple[Any, C
     cache = KVCache(model.config, work.batch, work.length + 1, device.place, work.dtype)
     with torch.no_grad(), _by(contender):
         model(ids[:, :-1], cache=cache)
-    lengths = cache.lengths.clone()
-    last = ids[:, -1:].contiguous()
-
-    def step() -> Tensor:
-        cache.cut(lengths, work.length)
-        with torch.no_grad(), _by(contender):
-            return model(last, cache=cache)[0]
-
-    return model, step
+        return model(ids[:, -1:], cache=cache)[0]
 
 
 def last_logits(work: Workload, device: Bench) -> Tensor:
-    """What a decoding step should give: the same token's logits in float64, without a cache."""
+    """What ``cached_logits`` should be: the same token's logits in float64, without a cache."""
     model = _model(work, "exact", device).double().eval()
     ids = _tokens(model, work, device, work.length + 1)
     with torch.no_grad(), _by("exact"):
@@ -181,32 +188,33 @@ def _rows(
     wanted: Sequence[str],
 ) -> list[dict[str, Any]]:
     """A row for each contender of one workload, ``mode`` ``"train"`` or ``"decode"``."""
+    training = mode == "train"
     base = {
-        "op": f"{work.preset} {'training' if mode == 'train' else 'decoding'} step",
-        "case": work.label,
+        "op": f"{work.preset} {'training step' if training else 'generation'}",
+        "case": work.label + ("" if training else f" and {NEW} new"),
         "size": {"B": str(work.batch), "T": str(work.length)},
         "dtype": str(work.dtype).removeprefix("torch."),
         "mode": mode,
         "cache": "warm",
     }
-    build = training_step if mode == "train" else decoding_step
-    rows, calls, errors, models = {}, {}, {}, {}
-    exact = gradients(work, "eager", device, exact=True) if mode == "train" else None
+    rows, calls, models = {}, {}, {}
+    errors: dict[str, float] = {}
+    exact = gradients(work, "eager", device, exact=True) if training else last_logits(work, device)
     for name in wanted:
+        if name == "compiled" and not training:
+            continue  # generation has its own graphs
         try:
-            errors[name] = None
-            if exact is not None:
-                errors[name] = _distance(gradients(work, name, device), exact)
-            models[name], calls[name] = build(work, name, device)
+            look = gradients if training else cached_logits
+            errors[name] = _distance(look(work, name, device).double(), exact)
+            models[name], calls[name] = (training_step if training else generation)(
+                work, name, device
+            )
             calls[name]()
             device.synchronize()
         except Exception as error:  # a contender that fails must not end the run
             failed = {"status": "failed", "reason": in_a_line(error)}
             rows[name] = {**base, "contender": name, **failed}
             calls.pop(name, None)
-    if mode == "decode":
-        exact = last_logits(work, device)
-        errors |= {name: _distance(calls[name]().double(), exact) for name in calls}
     before = device.clocks()
     timings = measure(calls, device, cold=False, budget=budget) if calls else {}
     throttled = before.throttled or device.clocks().throttled
@@ -216,9 +224,9 @@ def _rows(
             row |= times_of(timing)
             row |= {"peak_bytes": device.peak_bytes(calls[name])}
             row["flags"] = noise_flags(timing, throttled)
-            tokens = work.batch * (work.length if mode == "train" else 1)
+            tokens = work.batch * (work.length if training else NEW)
             row["tokens_per_second"] = tokens / timing.median
-            if mode == "train":
+            if training:
                 flops = models[name].flops_per_token(work.length) * tokens
                 row["tflops"] = flops / timing.median / 1e12
                 row["roofline"] = flops / timing.median / peaks.flops[row["dtype"]]
@@ -226,12 +234,12 @@ def _rows(
     return list(rows.values())
 
 
-def _judged(name: str, errors: dict[str, float | None], dtype: torch.dtype) -> dict[str, Any]:
+def _judged(name: str, errors: dict[str, float], dtype: torch.dtype) -> dict[str, Any]:
     """Right is no further from float64 than twice PyTorch in the same dtype, and rounding."""
     error, peer = errors[name], errors.get("eager")
-    row = {"status": "ok", "reason": "", "error": error, "error_eager": peer}
+    row: dict[str, Any] = {"status": "ok", "reason": "", "error": error, "error_eager": peer}
     rounding = 16 * torch.finfo(dtype).eps
-    if error is not None and peer is not None and not error <= 2 * peer + rounding:
+    if peer is not None and not error <= 2 * peer + rounding:
         allowed = f"{2 * peer + rounding:.2g}"
         row |= {"status": "wrong", "reason": f"off by {error:.2g} of the norm, not {allowed}"}
     return row

@@ -245,7 +245,7 @@ def test_pytorch_s_backends_are_contenders_of_both_attentions():
 @pytest.fixture
 def steps(device, monkeypatch):
     """Steps of models really compute, and take these times on the stream."""
-    for name, seconds in (("training_step", 10e-3), ("decoding_step", 5e-3)):
+    for name, seconds in (("training_step", 10e-3), ("generation", 5e-3)):
         build = getattr(whole_model, name)
 
         def built(work, contender, device, build=build, seconds=seconds):
@@ -259,6 +259,7 @@ def steps(device, monkeypatch):
 
         monkeypatch.setattr(whole_model, name, built)
     monkeypatch.setattr(whole_model, "CONTENDERS", ("fused", "eager"))
+    monkeypatch.setattr(whole_model, "NEW", 2)
 
 
 def test_training_and_decoding_of_a_model(steps, tmp_path, capsys):
@@ -270,13 +271,13 @@ def test_training_and_decoding_of_a_model(steps, tmp_path, capsys):
     for (mode, _), row in rows.items():
         assert row["status"] == "ok", row
         assert row["error"] < 1e-4
-        tokens = 2 * 8 if mode == "train" else 2
+        tokens = 2 * 8 if mode == "train" else 2 * whole_model.NEW
         assert row["tokens_per_second"] == pytest.approx(tokens / row["p50"])
     assert rows["train", "fused"]["p50"] == pytest.approx(10e-3, rel=1e-3)
     assert rows["decode", "eager"]["p50"] == pytest.approx(10e-3, rel=1e-3)
     assert rows["train", "fused"]["tflops"] > 0
     assert "tiny training step" in capsys.readouterr().out
-    assert "tiny decoding step" in page.read_text()
+    assert "tiny generation" in page.read_text()
 
 
 def test_a_model_with_wrong_gradients_shows_no_time(steps, device, monkeypatch):
