@@ -37,12 +37,12 @@ def _compile_one(launch: Launch, arch: int, seconds: float) -> Any:
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, should something swallow it
     try:
         return launch.compile(arch)
-    except TimeoutError:
-        return f"not compiled after {seconds:.0f} s"
     except Exception as caught:  # the compiler's own, of any kind
         error: BaseException | None = caught
         causes = []
         while error is not None:
+            if isinstance(error, TimeoutError):  # bare, or in what the compiler made of it
+                return f"not compiled after {seconds:.0f} s"
             last = (str(error).strip().splitlines() or [""])[-1]
             causes.append(f"{type(error).__name__}: {last[:200]}")
             error = error.__cause__
