@@ -67,10 +67,11 @@ def untouched_memory() -> Iterator[None]:
 
 
 _SMALL = 1 << 16  # elements; what is no larger is computed for real
+_HOLLOW = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
 
 
 class _Lazy(TorchDispatchMode):
-    """Gives large floating-point results their shapes alone; integers and views are real."""
+    """Gives large results of _HOLLOW dtypes their shapes alone; indices and views are real."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Runs an operator on metadata first, and for real only where that costs little."""
@@ -100,7 +101,7 @@ class _Lazy(TorchDispatchMode):
         except Exception:  # it reads values, or knows no metadata: run it
             return False
         return any(
-            isinstance(t, Tensor) and t.is_floating_point() and t.numel() > _SMALL
+            isinstance(t, Tensor) and t.dtype in _HOLLOW and t.numel() > _SMALL
             for t in pytree.tree_leaves(found)
         )
 
@@ -113,7 +114,7 @@ def hollow_results() -> Iterator[None]:
 
 
 def hollow(op: Op, dtype: torch.dtype, size: Mapping[str, Any], offset: int = 0) -> dict[str, Any]:
-    """The op's example inputs, of which large floating-point tensors hold nothing.
+    """The op's example inputs, of which large tensors of floating point or bytes hold nothing.
 
     Args:
         op: The op.

@@ -4,12 +4,17 @@ from . import _dispatch, _interpreter
 from . import activations as _activations
 from . import add_norm as _add_norm
 from . import bias_gelu as _bias_gelu
+from . import cross_entropy as _cross_entropy
 from . import dropout as _dropout
 from . import embedding as _embedding
 from . import glu as _glu
+from . import int4_linear as _int4_linear
+from . import int8_linear as _int8_linear
 from . import layer_norm as _layer_norm
+from . import linear_cross_entropy as _linear_cross_entropy
 from . import rms_norm as _rms_norm
 from . import rotary as _rotary
+from . import sampling as _sampling
 from . import softmax as _softmax
 from ._dispatch import backend, explain
 from ._op import Op
@@ -30,12 +35,18 @@ from .attention import (
 from .attention import sdpa as _sdpa
 from .attention import varlen as _varlen
 from .bias_gelu import bias_gelu
+from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .dropout import Dropout, dropout
 from .embedding import Embedding, embedding
 from .glu import geglu, swiglu
+from .int4_linear import Int4Linear, dequantize_int4, int4_linear, quantize_int4
+from .int8_linear import Int8Linear, dequantize_int8, int8_linear, quantize_int8
 from .layer_norm import LayerNorm, layer_norm
+from .linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+from .patch import PatchReport, patch
 from .rms_norm import RMSNorm, rms_norm
 from .rotary import rotary_embedding
+from .sampling import sample
 from .softmax import log_softmax, softmax
 
 if _dispatch._cpu_runner == "interpreter":
@@ -52,12 +63,17 @@ OPS = {
         _rms_norm.OP,
         *_add_norm.OPS,
         *_softmax.OPS,
+        _cross_entropy.OP,
+        _linear_cross_entropy.OP,
         _rotary.OP,
         *_activations.OPS,
         _bias_gelu.OP,
         *_glu.OPS,
         _dropout.OP,
         _embedding.OP,
+        _int8_linear.OP,
+        _int4_linear.OP,
+        _sampling.OP,
         _adam_step.OP,
     )
 }
@@ -67,16 +83,24 @@ __all__ = [
     "OPS",
     "Adam",
     "AdamW",
+    "CrossEntropyLoss",
     "Dropout",
     "Embedding",
+    "Int4Linear",
+    "Int8Linear",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "Op",
+    "PatchReport",
     "RMSNorm",
     "adamw_step",
     "add_layer_norm",
     "add_rms_norm",
     "backend",
     "bias_gelu",
+    "cross_entropy",
+    "dequantize_int4",
+    "dequantize_int8",
     "dropout",
     "embedding",
     "explain",
@@ -85,13 +109,20 @@ __all__ = [
     "flash_attention_varlen",
     "geglu",
     "gelu",
+    "int4_linear",
+    "int8_linear",
     "layer_norm",
+    "linear_cross_entropy",
     "log_softmax",
     "merge_attention",
+    "patch",
+    "quantize_int4",
+    "quantize_int8",
     "register",
     "relu_squared",
     "rms_norm",
     "rotary_embedding",
+    "sample",
     "scaled_dot_product_attention",
     "softmax",
     "swiglu",

@@ -3,5 +3,6 @@
 from .cache import KVCache
 from .config import PRESETS, GPTConfig
 from .model import GPT
+from .tokenizer import ByteTokenizer, load_tokenizer
 
-__all__ = ["GPT", "PRESETS", "GPTConfig", "KVCache"]
+__all__ = ["GPT", "PRESETS", "ByteTokenizer", "GPTConfig", "KVCache", "load_tokenizer"]

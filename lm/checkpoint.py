@@ -62,10 +62,11 @@ def write(
         part.mkdir(parents=True)
     world.wait()
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=whole)  # empty in all but the main process
+    weights: dict[str, Any] = get_model_state_dict(model, options=whole)  # the main process's
     with _alone(world) as no_dist:
         writer = HuggingFaceStorageWriter(str(part / "optimizer"), save_distributed=True)
-        dcp.save(_optimizer_tensors(model, optimizer), storage_writer=writer, no_dist=no_dist)
+        tensors = _tensors(_optimizer_state(model, optimizer))
+        dcp.save(tensors, storage_writer=writer, no_dist=no_dist)
     if world.main:
         hf.save(inner(model), part, weights)
         (part / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
@@ -128,12 +129,12 @@ def read_optimizer(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
 ) -> None:
     """Gives the optimizer the states of a checkpoint."""
-    have = get_optimizer_state_dict(model, optimizer, options=_FLAT)
-    tensors = {name: t for name, t in have.items() if isinstance(t, Tensor)}
+    have = _optimizer_state(model, optimizer)
+    tensors = _tensors(have)
     with _alone(world) as no_dist:
         reader = HuggingFaceStorageReader(str(folder / "optimizer"))
         dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
-    set_optimizer_state_dict(model, optimizer, {**have, **tensors}, options=_FLAT)
+    set_optimizer_state_dict(model, optimizer, have | tensors, options=_FLAT)
 
 
 def verify(folder: Path) -> None:
@@ -146,10 +147,14 @@ def verify(folder: Path) -> None:
             raise ValueError(f"{path} is not what was saved: its checksum differs")
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """States by the parameter's name. Learning rates and the like come from the settings."""
-    found = get_optimizer_state_dict(model, optimizer, options=_FLAT)
-    return {name: t for name, t in found.items() if isinstance(t, Tensor)}
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """States and settings by the parameter's name."""
+    return dict(get_optimizer_state_dict(model, optimizer, options=_FLAT))
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The states. Learning rates and the like come from the run's settings."""
+    return {name: t for name, t in state.items() if isinstance(t, Tensor)}
 
 
 @contextlib.contextmanager

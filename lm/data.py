@@ -70,8 +70,8 @@ def corpus_of_bytes(name: str, texts: Sequence[bytes]) -> Corpus:
         cut = len(whole) * 9 // 10
         train, val = whole[:cut], whole[cut:]
     digest = hashlib.sha256(train + b"\0" + val).hexdigest()[:16]
-    parts = (np.frombuffer(part, dtype=np.uint8) for part in (train, val))
-    return Corpus(name, *parts, vocab_size=256, bytes_per_token=1.0, digest=digest)
+    tokens = [np.frombuffer(part, dtype=np.uint8) for part in (train, val)]
+    return Corpus(name, tokens[0], tokens[1], 256, 1.0, digest)
 
 
 def stdlib_files() -> list[Path]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastlm import kernels
 
@@ -44,8 +45,8 @@ class FitConfig:
     )
     ops: Literal["fused", "eager"] = option("fused", "kernels, or reference PyTorch")
     device: str | None = option(None, "cpu, cuda or cuda:N (default: the GPU if there is one)")
-    parallel: Literal["ddp", "fsdp"] = option(
-        "ddp", "under torchrun: a copy in each process, or a share (FSDP2)"
+    parallel: Literal["ddp", "fsdp", "context"] = option(
+        "ddp", "under torchrun, each process has a copy, a share (FSDP2), or a slice of sequences"
     )
     compile: bool = option(False, "torch.compile the blocks")
     checkpoint_activations: bool = option(False, "recompute blocks in the backward: less memory")
@@ -62,15 +63,20 @@ class FitConfig:
         for name, low in (least | {"keep": 1, "warmup": 0, "lr": 0, "grad_clip": 0}).items():
             if getattr(self, name) < low:
                 raise ValueError(f"{_flag(name)} must be at least {low}; got {getattr(self, name)}")
-        if self.batch_size % (self.micro(world_size) * world_size):
+        rows = self.micro(world_size) * self.groups(world_size)
+        if self.batch_size % rows:
             raise ValueError(
-                f"--batch-size must be a multiple of {self.micro(world_size)} sequences times "
-                f"{world_size} processes; got {self.batch_size}"
+                f"--batch-size must be a multiple of {rows}, the sequences of a micro-batch in "
+                f"{self.groups(world_size)} processes; got {self.batch_size}"
             )
+
+    def groups(self, world_size: int) -> int:
+        """How many processes have sequences of their own."""
+        return 1 if self.parallel == "context" else world_size
 
     def micro(self, world_size: int) -> int:
         """Sequences of a micro-batch."""
-        return self.micro_batch_size or max(1, self.batch_size // world_size)
+        return self.micro_batch_size or max(1, self.batch_size // self.groups(world_size))
 
 
 def _flag(name: str) -> str:
@@ -193,7 +199,9 @@ class Loop:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.zeros(()) if norm is None else norm.detach()
+        if norm is None:
+            return torch.zeros(())
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm.detach()
 
     def check_finite(self) -> None:
         """Raises ArithmeticError where a loss was not finite, and names the step."""

@@ -1,94 +1,18 @@
 """Continuations of prompts, whole or as they grow; and ``fastlm generate``."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .decode import Rows, Sampling
-from .lookup import Lookup
+from .growth import Growth, Prompts, Request, must
 from .model import GPT
-from .tokenizer import Tokenizer
-
-Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked beside the prompts: see ``generate``."""
-
-    max_new_tokens: int | None = None
-    max_length: int | None = None
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    num_return_sequences: int = 1
-    stop: str | Sequence[str] = ()
-    tokenizer: Tokenizer | None = None
-    eos_token_id: int | Sequence[int] | None = None
-    seed: int | None = None
-    use_cache: bool = True
-    slide: bool = False
-    speculative: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises where the numbers contradict each other."""
-        if (self.max_new_tokens is None) == (self.max_length is None):
-            raise _must("one of max_new_tokens and max_length", "be given", "both or neither")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise _must("max_new_tokens", "be at least 1", self.max_new_tokens)
-        if self.num_return_sequences < 1:
-            raise _must("num_return_sequences", "be at least 1", self.num_return_sequences)
-        if self.num_return_sequences > 1 and self.temperature == 0:
-            rule = "be 1 with temperature 0, which gives the same text each time"
-            raise _must("num_return_sequences", rule, self.num_return_sequences)
-        if self.speculative < 0:
-            raise _must("speculative", "be 0 (off) or more", self.speculative)
-        if self.speculative and (self.repetition_penalty != 1.0 or not self.use_cache):
-            rule = "be 0 with a repetition_penalty or without a cache"
-            raise _must("speculative", rule, self.speculative)
-        if "" in self.stops:
-            raise _must("stop", "hold no empty string", list(self.stops))
-        if self.stops and self.tokenizer is None:
-            raise _must("tokenizer", "be given beside stop, to read the text", None)
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Strings that end a row."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """Tokens that end a row."""
-        ends = self.eos_token_id
-        return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
-
-    def sampling(self) -> Sampling:
-        """How tokens are chosen; a seed that was not given comes from PyTorch's generator."""
-        seed = int(torch.randint(2**63 - 1, ())) if self.seed is None else self.seed
-        return Sampling(
-            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, seed
-        )
-
-    def new_tokens(self, prompt: Sequence[int], block_size: int) -> int:
-        """How many tokens a prompt may grow by."""
-        new = self.max_new_tokens
-        if new is None:
-            assert self.max_length is not None
-            new = self.max_length - len(prompt)
-            if new < 1:
-                rule = f"be above the prompt's {len(prompt)} tokens, which it counts"
-                raise _must("max_length", rule, self.max_length)
-        if len(prompt) + new > block_size and not self.slide:
-            raise ValueError(
-                f"generate: prompt and new tokens must fit block_size, {block_size}; got "
-                f"{len(prompt)} and {new}. With slide=True the model goes on with the last half "
-                "of its block"
-            )
-        return new
+from .stops import StopText
+from .tokenizer import Tokenizer, load_tokenizer
 
 
 def generate(
@@ -130,99 +54,160 @@ def stream(model: GPT, ids: Prompts, max_new_tokens: int | None = None, **option
     """The new tokens of one prompt, each as soon as it is drawn. Arguments as ``generate``."""
     growth = Growth(model, ids, Request(max_new_tokens, **options))
     if len(growth.limits) != 1:
-        raise _must("ids", "be one prompt, continued once, to stream", len(growth.limits))
+        raise must("ids", "be one prompt, continued once, to stream", len(growth.limits))
     for (tokens,) in growth:
         yield from tokens
 
 
-class Growth:
-    """Rows that grow until each has ended; iterating gives each step's new tokens a row."""
+# --- fastlm generate ----------------------------------------------------------------------------
 
-    def __init__(self, model: GPT, ids: Prompts, request: Request):
-        config, n = model.config, request.num_return_sequences
-        if not config.causal:
-            raise _must("model", "be causal", "an encoder")
-        prompts = as_prompts(ids, config.vocab_size)
-        new = [request.new_tokens(prompt, config.block_size) for prompt in prompts]
-        self.model, self.request = model, request
-        self.limits = [len(p) + k for p, k in zip(prompts, new, strict=True) for _ in range(n)]
-        on_gpu = model.wte.weight.is_cuda and not request.speculative
-        self.grown = Rows(
-            model, prompts, n, max(new), request.sampling(), request.use_cache, graphed=on_gpu
-        )
-        self.done = [False] * len(self.limits)
-        self.lengths = [len(row) for row in self.grown.tokens]  # as far as the rows count
-        self.texts = [
-            request.tokenizer.stream() if request.tokenizer is not None and request.stops else None
-            for _ in self.limits
-        ]
-        self.tails = [""] * len(self.limits)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SMALL = 2**24
 
-    def __iter__(self) -> Iterator[list[list[int]]]:
-        """Steps until all rows have ended. The model is in evaluation mode meanwhile."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            lookups = [Lookup(row) for row in self.grown.tokens] if self.request.speculative else []
-            drawn = self.grown.first()
-            while True:
-                yield [self.taken(row, tokens) for row, tokens in enumerate(drawn)]
-                if all(self.done):
-                    return
-                for lookup, tokens in zip(lookups, drawn, strict=False):
-                    lookup.add(tokens)
-                drafts = [lookup.draft(self.request.speculative) for lookup in lookups]
-                drawn = self.grown.next(drafts)
-        finally:
-            self.model.train(was_training)
 
-    def taken(self, row: int, tokens: list[int]) -> list[int]:
-        """Those of a row's new tokens that come before its end."""
-        kept: list[int] = []
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of ``fastlm generate``."""
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        default=Path("runs/train"),
+        metavar="DIR",
+        help="a run folder, a Hugging Face folder, or a .gguf file (default runs/train)",
+    )
+    add(
+        "--prompt",
+        default="\n",
+        metavar="TEXT",
+        help="what to continue; - reads standard input (default: a new line)",
+    )
+    add("--tokenizer", metavar="DIR", help="in place of the checkpoint's; 'bytes' for bytes")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="most tokens to add (default 200)"
+    )
+    length.add_argument(
+        "--max-length", type=int, metavar="N", help="most tokens of prompt and text together"
+    )
+    add("--num-samples", type=int, default=1, metavar="N", help="texts to write (default 1)")
+    add("--seed", type=int, metavar="N", help="the same text again (default: a new one each time)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="below 1 likelier tokens, 0 always the likeliest (default 0.8)",
+    )
+    add(
+        "--top-k",
+        type=int,
+        default=0,
+        metavar="N",
+        help="only the N likeliest tokens (default all)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=0.9,
+        metavar="P",
+        help="only the likeliest tokens that together reach P (default 0.9)",
+    )
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="only tokens at least P times as likely as the likeliest (default 0)",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1 avoids tokens that were there before (default 1)",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be repeated; \\n is a new line",
+    )
+    add(
+        "--no-slide",
+        action="store_true",
+        help="refuse a text longer than the model's block, in place of going on with its end",
+    )
+    add(
+        "--speculative",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draft N tokens a step from the text so far: the same text, sooner where it repeats",
+    )
+    add("--no-cache", action="store_true", help="compute everything again for each token")
+    add("--ops", choices=("fused", "eager"), default="fused", help="default fused")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--dtype", choices=tuple(_DTYPES), help="of the weights (default: as stored)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``fastlm generate`` and gives its exit code."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = GPT.from_pretrained(
+        args.checkpoint, args.ops, device=device, dtype=_DTYPES.get(args.dtype)
+    )
+    if device == "cpu" and model.num_params() < _SMALL:
+        torch.set_num_threads(1)  # a step is too short to share
+    tokenizer = load_tokenizer(args.tokenizer or args.checkpoint)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise must("tokenizer", f"have at most {model.config.vocab_size} tokens, the model's",
+                   tokenizer.vocab_size)  # fmt: skip
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    seed = int(torch.randint(2**31, ())) if args.seed is None else args.seed
+    stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in args.stop]
+    new = 200 if args.max_new_tokens is None and args.max_length is None else args.max_new_tokens
+    request = Request(
+        max_new_tokens=new, max_length=args.max_length, temperature=args.temperature,
+        top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty, num_return_sequences=args.num_samples,
+        stop=stops, tokenizer=tokenizer, eos_token_id=tokenizer.eos_token_id, seed=seed,
+        use_cache=not args.no_cache, slide=not args.no_slide, speculative=args.speculative,
+    )  # fmt: skip
+    ids = tokenizer.encode(prompt)
+    growth = Growth(model, ids, request)
+    began = time.perf_counter()
+    if args.num_samples == 1:
+        _print_as_it_grows(growth, prompt, tokenizer)
+    else:
+        _print_samples(growth, prompt, tokenizer, len(ids))
+    seconds = time.perf_counter() - began
+    tokens = sum(growth.lengths) - len(ids) * args.num_samples
+    print(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s; --seed {seed}",
+          file=sys.stderr)  # fmt: skip
+    block = model.config.block_size
+    if max(growth.lengths) > block:
+        print(f"the text outgrew the model's {block} tokens: each time, it went on with the last "
+              f"{max(block // 2, 1)}", file=sys.stderr)  # fmt: skip
+    return 0
+
+
+def _print_as_it_grows(growth: Growth, prompt: str, tokenizer: Tokenizer) -> None:
+    text, stop = tokenizer.stream(), StopText(growth.request.stops)
+    print(prompt, end="", flush=True)
+    for (tokens,) in growth:
         for token in tokens:
-            if self.done[row]:
-                break
-            kept.append(token)
-            self.lengths[row] += 1
-            full = self.lengths[row] == self.limits[row]
-            self.done[row] = full or token in self.request.ends or self.stopped(row, token)
-        return kept
-
-    def stopped(self, row: int, token: int) -> bool:
-        """Whether a row's new text holds a stop string now."""
-        text = self.texts[row]
-        if text is None:
-            return False
-        longest = max(map(len, self.request.stops))
-        piece = text.push(token)
-        tail = self.tails[row][-longest:] + piece
-        self.tails[row] = tail
-        return any(stop in tail for stop in self.request.stops)
-
-    def rows(self) -> list[list[int]]:
-        """The rows up to their ends."""
-        return [row[:n] for row, n in zip(self.grown.tokens, self.lengths, strict=True)]
+            if token not in growth.request.ends:
+                print(stop.push(text.push(token)), end="", flush=True)
+    print(stop.push(text.finish()) + stop.finish(), flush=True)
 
 
-def as_prompts(ids: Prompts, vocab_size: int) -> list[list[int]]:
-    """One list of tokens a prompt. Raises where there is none, or one that no model could read."""
-    if isinstance(ids, Tensor):
-        if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise _must("ids", "be (B, T) integers", f"{ids.dtype} {tuple(ids.shape)}")
-        ids = ids.reshape(-1, ids.shape[-1]).tolist()
-    many = [p.tolist() if isinstance(p, Tensor) else p for p in ids]
-    if many and all(isinstance(p, int) for p in many):
-        many = [many]
-    for prompt in many:
-        if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not prompt:
-            raise _must("ids", "hold at least one token a prompt", repr(prompt))
-        for token in prompt:
-            if not isinstance(token, int) or not 0 <= token < vocab_size:
-                raise _must("ids", f"be tokens below vocab_size, {vocab_size}", repr(token))
-    if not many:
-        raise _must("ids", "hold at least one prompt", "none")
-    return [list(prompt) for prompt in many]
-
-
-def _must(name: str, rule: str, got: object) -> ValueError:
-    return ValueError(f"generate: {name} must {rule}; got {got}")
+def _print_samples(growth: Growth, prompt: str, tokenizer: Tokenizer, given: int) -> None:
+    for _ in growth:
+        pass
+    rows = growth.rows()
+    for i, row in enumerate(rows):
+        stop = StopText(growth.request.stops)
+        new = [token for token in row[given:] if token not in growth.request.ends]
+        text = stop.push(tokenizer.decode(new)) + stop.finish()
+        print(f"--- sample {i + 1} of {len(rows)} ---\n{prompt}{text}", flush=True)

@@ -26,6 +26,7 @@ class Place:
     """Where the tokens of a call stand: in a batch, in packed sequences, or behind a cache."""
 
     positions: Tensor  # of each token in its sequence
+    begin: int | Tensor  # of the first one, where they follow each other
     cos: Tensor
     sin: Tensor
     cu_seqlens: Tensor | None
@@ -81,8 +82,7 @@ class Attention(nn.Module):
             q = self.ops.rms_norm(q, (D,), self.q_norm, config.norm_eps)
             k = self.ops.rms_norm(k, (D,), self.k_norm, config.norm_eps)
         if config.position == "rotary":
-            begin = 0 if place.cache is None else place.cache.begin
-            turn = {"offsets": begin, "cu_seqlens": place.cu_seqlens}
+            turn = {"offsets": place.begin, "cu_seqlens": place.cu_seqlens}
             q = self.ops.rotary_embedding(q, place.cos, place.sin, **turn)
             k = self.ops.rotary_embedding(k, place.cos, place.sin, **turn)
         return self.c_proj(self.attend(q, k, v, place).flatten(-2))
@@ -166,6 +166,9 @@ class GPT(nn.Module):
             once. Parameters are the same whatever it says.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: GPTConfig, ops: Choice | Mapping[str, Choice] = "fused"):
         super().__init__()
         self.config, self.ops = config, resolve(ops)
@@ -178,6 +181,7 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
         self.checkpoint_activations = False  # recompute blocks in the backward, to save memory
+        self.begin = 0  # where a call's tokens stand, if sequences are cut over processes
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -236,7 +240,7 @@ class GPT(nn.Module):
         if self.wpe is not None:
             stream = stream + self.ops.embedding(place.positions, self.wpe.weight)
         stream = self.ops.dropout(stream, self.config.dropout, self.training)
-        branch = None
+        branch: Tensor | None = None
         for block in self.h:
             if self.checkpoint_activations and self.training:
                 branch, stream = checkpoint(block, branch, stream, place, use_reentrant=False)
@@ -244,21 +248,23 @@ class GPT(nn.Module):
                 branch, stream = block(branch, stream, place)
         if cache is not None:
             cache.grow(ids.shape[1])
-        return stream if self.ln_f is None else self.ln_f.add(branch, stream)[0]
+        if self.ln_f is None or branch is None:
+            return stream
+        return self.ln_f.add(branch, stream)[0]
 
     def place(self, ids: Tensor, cache: KVCache | None, cu_seqlens: Tensor | None) -> Place:
         """Where the tokens stand. Raises where they cannot be the model's input."""
         check_ids(ids, self.config.block_size, cache, cu_seqlens)
-        lengths = None
+        begin, lengths = self.begin if cache is None else cache.begin, None
         if cache is not None:
             positions, lengths = cache.positions(ids.shape[1]), cache.lengths + ids.shape[1]
         elif cu_seqlens is None:
-            positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+            positions = begin + torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         else:
             index = torch.arange(ids.shape[0], device=ids.device)
             starts = cu_seqlens.long()
             positions = index - starts[torch.searchsorted(starts, index, right=True) - 1]
-        return Place(positions, self.cos, self.sin, cu_seqlens, cache, lengths)
+        return Place(positions, begin, self.cos, self.sin, cu_seqlens, cache, lengths)
 
     def generate(self, ids: Any, max_new_tokens: int | None = None, **options) -> list[Tensor]:
         """Continues prompts: see ``fastlm.lm.generate``."""

@@ -1,6 +1,7 @@
 """Several processes under torchrun: who is who, and models spread over them by PyTorch's means."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from .model import GPT
+from .ring import RingAttention
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,51 @@ def world(device_name: str | None = None) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def spread(model: GPT, where: World, how: Literal["ddp", "fsdp"]) -> nn.Module:
-    """The model over all processes: a copy each (DDP), or a share of every tensor each (FSDP2)."""
+Parallel = Literal["ddp", "fsdp", "context"]
+
+
+def spread(model: GPT, where: World, how: Parallel) -> nn.Module:
+    """The model over all processes.
+
+    Args:
+        model: On its device.
+        where: This process.
+        how: ``"ddp"``: a copy each, fed different sequences. ``"fsdp"``: a share of every tensor
+            each (FSDP2). ``"context"``: a copy each, fed a slice of every sequence, with ring
+            attention between them.
+
+    Raises:
+        ValueError: A model that cannot be spread so.
+    """
     if where.size == 1:
         return model
-    if how == "ddp":
-        return DistributedDataParallel(model)
-    for block in model.h:
-        fully_shard(block)
-    return fully_shard(model)
+    if how == "fsdp":
+        for block in model.h:
+            fully_shard(block)
+        fully_shard(model)
+        return model
+    if how == "context":
+        _cut_sequences(model, where)
+    with (
+        warnings.catch_warnings()
+    ):  # torch 2.13 renames an argument that 2.11 knows by the old name
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def _cut_sequences(model: GPT, where: World) -> None:
+    """Has the model take this process's slice of each sequence."""
+    config = model.config
+    if config.block_size % where.size:
+        raise ValueError(
+            f"--block-size must be a multiple of {where.size} processes to be cut over them; "
+            f"got {config.block_size}"
+        )
+    if config.window is not None:
+        raise ValueError("GPTConfig: window must be None where sequences are cut over processes")
+    ring = dist.new_group(list(range(where.size)))  # its messages pass beside the gradients'
+    model.ops.flash_attention = RingAttention(model.ops.flash_attention, ring)
+    model.begin = where.rank * config.block_size // where.size
 
 
 def inner(model: nn.Module) -> GPT:

@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 Points = Sequence[tuple[float, float]]
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 720, 400, 64, 48, 20, 48
@@ -14,7 +14,7 @@ _STYLE = (
 )
 
 
-def line_chart(title: str, x_label: str, y_label: str, lines: dict[str, Points]) -> str:
+def line_chart(title: str, x_label: str, y_label: str, lines: Mapping[str, Points]) -> str:
     """Lines over common axes, each named in a legend, as an SVG document.
 
     Raises:
@@ -86,5 +86,5 @@ def ticks(low: float, high: float, about: int = 6) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def _scale(low: float, high: float, start: float, end: float):
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     return lambda value: start + (value - low) / (high - low) * (end - start)

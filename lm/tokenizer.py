@@ -236,6 +236,9 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     for vocabulary, merges in _GPT2_FILES:
         if (path / vocabulary).is_file() and (path / merges).is_file():
             return _from_gpt2(path / vocabulary, path / merges)
+    config = path / "config.json"
+    if config.is_file() and read_json(config).get("vocab_size") == 256:  # bytes need no file
+        return ByteTokenizer()
     wanted = " or ".join((FILE, *(" and ".join(pair) for pair in _GPT2_FILES)))
     raise ValueError(f"tokenizer must be 'bytes' or a folder that holds {wanted}; got {source}")
 

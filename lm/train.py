@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,7 +50,7 @@ class TextTask:
         corpus: The text.
         config: The run's settings.
         block_size: Tokens a sequence.
-        world: This process takes every ``world.size``-th sequence of a step, from its rank on.
+        world: This process, which takes its part of each step.
     """
 
     def __init__(self, corpus: data.Corpus, config: TrainConfig, block_size: int, world: World):
@@ -59,10 +60,19 @@ class TextTask:
         """Sequences drawn without replacement."""
         config, tokens = self.config, self.corpus.train
         begins = data.starts(len(tokens), self.T, config.seed, step, config.batch_size)
-        mine, micro = begins[self.world.rank :: self.world.size], config.micro(self.world.size)
-        for i in range(0, len(mine), micro):
-            ids, targets = data.batch(tokens, mine[i : i + micro], self.T)
-            yield {"ids": ids, "targets": targets}
+        return self._mine(tokens, begins, config.micro(self.world.size))
+
+    def _mine(self, tokens: np.ndarray, begins: np.ndarray, micro: int) -> Iterable[Batch]:
+        """This process's part of some sequences: every so many of them, or a slice of each."""
+        rank, size = self.world.rank, self.world.size
+        own = slice(None)
+        if self.config.parallel == "context":
+            own = slice(rank * self.T // size, (rank + 1) * self.T // size)
+        else:
+            begins = begins[rank::size]
+        for i in range(0, len(begins), micro):
+            ids, targets = data.batch(tokens, begins[i : i + micro], self.T)
+            yield {"ids": ids[:, own], "targets": targets[:, own]}
 
     def count(self, batch: Batch) -> int:
         """Every target counts."""
@@ -77,11 +87,9 @@ class TextTask:
         tokens = self.corpus.val
         begins = data.held_out_starts(len(tokens), self.T, self.config.eval_sequences)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        mine, micro = begins[self.world.rank :: self.world.size], self.config.micro(1)
-        for i in range(0, len(mine), micro):
-            ids, targets = data.batch(tokens, mine[i : i + micro], self.T)
-            batch = {"ids": ids.to(total.device), "targets": targets.to(total.device)}
-            total += self.loss(model, batch).double()
+        for batch in self._mine(tokens, begins, self.config.micro(self.world.size)):
+            moved = {name: t.to(total.device) for name, t in batch.items()}
+            total += self.loss(model, moved).double()
         loss = self.world.total(total).item() / (len(begins) * self.T)
         return {
             "val_loss": loss,

@@ -1,9 +1,5 @@
 """What is special about the activations and gated units: tails, layouts, packed halves, errors."""
 
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,19 +58,6 @@ def test_results_have_pytorchs_strides(x):
     want = F.gelu(x)
     torch.testing.assert_close(y, want)
     assert y.stride() == want.stride()
-
-
-def test_gelu_agrees_with_pytorchs_own_samples():
-    """PyTorch's OpInfo for gelu: sample inputs, and the errors it expects."""
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    info = next(op for op in op_db if op.name == "nn.functional.gelu")
-    for dtype in (torch.float32, torch.bfloat16):
-        for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
-            check(OPS["gelu"], {"input": sample.input, **sample.kwargs})
-    for error in info.error_inputs("cpu"):
-        with pytest.raises(error.error_type, match=error.error_regex):
-            gelu(error.sample_input.input, **error.sample_input.kwargs)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)])
@@ -191,23 +174,6 @@ def test_bias_gelu_leaves_odd_biases_to_pytorch():
     torch.testing.assert_close(bias_gelu(x, torch.ones(())), F.gelu(x + 1, approximate="tanh"))
     with pytest.raises(RuntimeError, match="must match the size"):
         bias_gelu(x, torch.ones(3))
-
-
-def test_offsets_past_two_to_the_31_elements():
-    """Rows 2^30 elements apart in lazily mapped memory, and a flat block far inside a tensor."""
-    code = """
-        import torch, triton
-        from fastlm.kernels import bias_gelu, swiglu
-        from fastlm.kernels._interpreter import interpreted
-        step = 2**30 + 64
-        far = torch.empty(3 * step + 128, dtype=torch.bfloat16).as_strided((4, 100), (step, 1))
-        far.copy_(torch.randn(4, 100))
-        near, bias = far.contiguous(), torch.randn(100).bfloat16()
-        with interpreted():
-            for op in (lambda x: swiglu(x[:, :50], x[:, 50:]), lambda x: bias_gelu(x, bias)):
-                torch.testing.assert_close(op(far), op(near), rtol=0, atol=0)
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120, cwd="/")
 
 
 def test_checkpointing_gives_the_same_gradients():

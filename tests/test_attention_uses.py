@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from ring_attention import RANKS, inputs, one_rank
 
-from fastlm.kernels import flash_attention, register
+from fastlm.kernels import OPS, flash_attention, register
 from fastlm.kernels._interpreter import interpreted
 from fastlm.kernels.attention.register import IMPLEMENTATIONS
 
@@ -102,3 +102,32 @@ def test_ring_attention_of_two_processes_equals_one():
     (o * torch.arange(16)).sum().backward()
     for n, whole in enumerate((o.detach(), q.grad, k.grad, v.grad)):
         torch.testing.assert_close(torch.cat([r[n] for r in ranks], 1), whole, rtol=1e-4, atol=1e-4)
+
+
+# --- the CPU path -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("S_q", "S_k"), [(5, 5), (3, 7), (7, 3), (0, 3), (3, 0)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window_size", [(-1, -1), (2, -1), (0, 1)])
+def test_windows_on_a_cpu_take_pytorchs_fused_op(S_q, S_k, causal, window_size):
+    torch.manual_seed(0)
+    shapes = ((2, S_q, 4, 16), (2, S_k, 2, 16), (2, S_k, 2, 16))
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    found = []
+    for attend in (flash_attention, OPS["flash_attention"].reference):
+        o = attend(*leaves, causal=causal, window_size=window_size)
+        found.append([o, *torch.autograd.grad(o.square().sum(), leaves)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_dropout_on_a_cpu_is_pytorchs_unless_seeded():
+    q = torch.ones(1, 64, 2, 8)
+    torch.manual_seed(0)
+    first = flash_attention(q, q, q, dropout_p=0.5)
+    torch.manual_seed(0)
+    assert torch.equal(first, flash_attention(q, q, q, dropout_p=0.5))
+    assert 0.9 < first.mean() < 1.1
+    seeded = OPS["flash_attention"].reference(q, q, q, dropout_p=0.5, dropout_seed=3)
+    assert torch.equal(flash_attention(q, q, q, dropout_p=0.5, dropout_seed=3), seeded)

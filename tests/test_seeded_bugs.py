@@ -18,6 +18,7 @@ import test_activations
 import test_adamw
 import test_add_norm
 import test_attention_options
+import test_cross_entropy
 import test_dropout
 import test_embedding
 import test_layer_norm
@@ -115,6 +116,11 @@ BLOCKS = test_dropout.test_around_whole_blocks
 RUNS = test_embedding.test_runs_across_chunks
 PADDING = test_embedding.test_the_padding_row_gets_no_gradient
 MISSING = test_embedding.test_numbers_outside_the_table
+STARTS = test_cross_entropy.test_rows_that_start_anywhere
+NO_CLASS = test_cross_entropy.test_targets_outside_give_nan_and_read_nothing
+CE_SHIFT = test_cross_entropy.test_a_shift_of_the_logits_costs_no_accuracy
+CE_SHAPES = test_cross_entropy.test_shapes_of_every_kind
+IGNORED = test_cross_entropy.test_ignored_rows_of_nan_cost_nothing
 LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
 
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
@@ -296,10 +302,48 @@ POINTWISE = [
     ("geglu", "glu:_backward_kernel", "rows * stride_dum", "rows * N", FLOAT64),
 ]
 
+CROSS_ENTROPY = [
+    ("_join", "d * tl.exp(m - shift)", "d", FLOAT64),
+    ("_join", 'tl.where(new_m == float("-inf"), 0.0, new_m)', "new_m", STARTS),
+    ("aligned_part", "row * stride", "row * V", STRIDES),
+    ("aligned_part", "tl.maximum(V - lead, 0)", "V", MEMORY),
+    ("_ends", "tl.minimum(lead, V)", "lead", STARTS),
+    ("_ends", "+ i - LANE", "+ i", FLOAT64),
+    ("capped", "- 2.0 * softcap", "- softcap", FLOAT64),
+    ("_mass", "* t + spread", "* t", CE_SHAPES),
+    ("_gradient", "tl.where(cols == y, b, 0.0)", "0.0", FLOAT64),
+    ("_gradient", "1.0 - (z / softcap)", "1.0 - z", FLOAT64),
+    ("row_target", "(y >= 0) & (y < V)", "y < V", NO_CLASS),
+    ("row_target", 'tl.where(exists, 1.0, float("nan"))', "1.0", NO_CLASS),
+    ("row_target", "share *= tl.load(weight_ptr + y).to(tl.float32)", "pass", FLOAT64),
+    ("row_loss", "log_d - (z_y - m)", "lse - z_y", CE_SHIFT),
+    ("row_statistics", "sum_q += tl.sum(q, 0)", "pass", FLOAT64),
+    ("write_gradient", "tl.minimum(count, read)", "count", IGNORED),
+    ("_reduce_kernel", "out /= total", "out /= M", FLOAT64),
+    ("_backward_kernel", "row * stride_dxm", "row * V", STRIDES),
+    ("_backward_kernel", "g /= tl.load(total_ptr)", "pass", FLOAT64),
+    ("_backward_kernel", "a += tl.load(dlse_ptr", "a = tl.load(dlse_ptr", FLOAT64),
+]
+LINEAR_CROSS_ENTROPY = [
+    ("linear_cross_entropy:_chunk_kernel", "tl.where(counts, a, 0.0)", "a", FLOAT64),
+    ("linear_cross_entropy:_chunk_kernel", "tl.where(counts, loss, 0.0)", "loss", FLOAT64),
+    ("_logit_tiles:_tile_at", "band * GROUP + rest % height", "rest % height", FLOAT64),
+    ("_logit_tiles:_tile_at", "tl.minimum(tiles_m - band * GROUP, GROUP)", "GROUP", FLOAT64),
+    ("_logit_tiles:_logits_of", "tl.minimum(cols, V - 1)", "cols", MEMORY),
+    ("_logit_tiles:_logits_of", "offs_k < H - k", "offs_k < H", FLOAT64),
+    ("_logit_tiles:_parts_kernel", "tl.minimum(V, (tile_n + 1) * BLOCK_N)", "V", MEMORY),
+    ("_logit_tiles:_parts_kernel", "wz *= tl.load", "wz += tl.load", FLOAT64),
+    ("_logit_tiles:_strip_kernel", "first + strip_cols", "strip_cols", FLOAT64),
+    ("_logit_tiles:_strip_kernel", "b[:, None], 0.0", "0.0, 0.0", FLOAT64),
+    ("_logit_tiles:_strip_kernel", "c[:, None] * w[None, :]", "c[:, None]", FLOAT64),
+]
+
 BUGS = [
     *(Bug(op, f"attention.{kernel}", *rest) for op, kernel, *rest in ATTENTION),
     *(Bug(*row) for row in POINTWISE),
     *(Bug("adamw_step", f"adam.kernels:{kernel}", *rest) for kernel, *rest in ADAMW),
+    *(Bug("cross_entropy", f"cross_entropy:{kernel}", *rest) for kernel, *rest in CROSS_ENTROPY),
+    *(Bug("linear_cross_entropy", *row) for row in LINEAR_CROSS_ENTROPY),
     *(Bug("softmax", f"softmax:{kernel}", *rest) for kernel, *rest in SOFTMAX),
     *(Bug("log_softmax", f"softmax:{kernel}", *rest) for kernel, *rest in LOG_SOFTMAX),
     *(Bug("add_layer_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_LAYER_NORM),

@@ -92,22 +92,6 @@ def test_empty_inputs(op, shape):
 
 
 @BOTH
-@pytest.mark.parametrize("variant", ["", "with_dtype"])
-def test_agrees_with_pytorchs_own_samples(op, variant):
-    """PyTorch's OpInfo: sample inputs; with_dtype asks for float64, which PyTorch takes."""
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    info = next(i for i in op_db if i.name == op.name and i.variant_test_name == variant)
-    for dtype in (torch.float32, torch.bfloat16):
-        for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
-            found = {"input": sample.input, "dim": sample.args[0]} | sample.kwargs
-            if variant:
-                assert_bitwise_equal(outcome(op.fused, found), outcome(op.reference, found))
-            else:
-                check(op, found)
-
-
-@BOTH
 def test_what_the_kernels_leave_to_pytorch(op):
     for x, more, reason in (
         (torch.tensor(3.0), {}, "not a dimension"),

@@ -25,7 +25,7 @@ from .._register import eager_gradients, torch_op
 from . import forward as _forward
 from . import gradients as _gradients
 from ._scores import SPARSE_BLOCK
-from .eager import attend_eager, attend_ragged_eager
+from .eager import attend_eager, attend_ragged_eager, visible
 
 # --- launch -------------------------------------------------------------------------------------
 
@@ -266,21 +266,30 @@ def _eager(
     *,
     causal: bool = False,
     softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    dropout_p: float = 0.0,
     return_lse: bool = False,
     deterministic: bool = True,
     **options,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same from PyTorch's fused op, where it has the same meaning."""
-    plain = not return_lse and (not causal or q.shape[1] == k.shape[1]) and not options
-    if not plain:
-        options |= {"causal": causal, "softmax_scale": softmax_scale, "return_lse": return_lse}
-        return reference(q, k, v, **options)
+    asked = [name for name, value in options.items() if value is not None and name != "softcap"]
+    if return_lse or asked or options.get("softcap", 0.0) != 0.0:
+        return reference(
+            q, k, v, causal=causal, softmax_scale=softmax_scale, window_size=window_size,
+            dropout_p=dropout_p, return_lse=return_lse, **options,
+        )  # fmt: skip
     check(q, k, v)
+    check_options("flash_attention", q, window_size, 0.0, None, None, dropout_p, q.shape[0])
+    square, mask = q.shape[1] == k.shape[1], None
+    if tuple(window_size) != (-1, -1) or (causal and not square):
+        band = window_band(causal, window_size, k.shape[1] - q.shape[1])
+        mask = visible(q.shape[1], k.shape[1], *band, q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    gqa = q.shape[1] != k.shape[1]
     o = F.scaled_dot_product_attention(
-        q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=gqa
-    )
+        q, k, v, mask, dropout_p, is_causal=causal and mask is None, scale=softmax_scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
     return o.transpose(1, 2)
 
 
