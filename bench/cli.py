@@ -11,6 +11,8 @@ from fastlm.kernels import OPS
 
 from . import compare as comparison
 from . import on_gpu
+from .against import against_peers, peers_table
+from .contenders import triton_peers, versions
 from .files import add_outputs, check_files, check_ops, read_report, write
 from .report import html
 from .static import ALL_TARGETS, TARGETS, static_report
@@ -50,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     render.add_argument("report", help="JSON file of bench run or bench static")
     render.add_argument("--html", metavar="FILE", required=True, help="where to write the page")
     render.set_defaults(bench_command=_report)
+    peers = verbs.add_parser("peers", help="ours against installed peers, modelled; needs no GPU")
+    peers.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    peers.set_defaults(bench_command=_peers)
     gate = verbs.add_parser("snapshot", help="check the machine code against the committed figures")
     gate.add_argument("--update", action="store_true", help="write the figures instead")
     gate.set_defaults(bench_command=_snapshot)
@@ -162,6 +167,26 @@ def _report(args: argparse.Namespace) -> int:
     check_files(args.html)
     report = read_report(args.report)
     Path(args.html).write_text(timed_html(report) if report["timed"] else html(report))
+    return 0
+
+
+def _peers(args: argparse.Namespace) -> int:
+    check_files(args.json)
+    names = [name for name in OPS if triton_peers(name)]
+    if not names:
+        raise ValueError("bench: no peer is installed; try pip install liger-kernel")
+    report = static_report(ops=names, peers=True)
+    print(peers_table(report))
+    if args.json:
+        env = report["environment"]
+        figures = {
+            "triton": env["triton"],
+            "peers": versions(),
+            "missing": report["missing_peers"],
+            "targets": report["targets"],
+            "rows": against_peers(report),
+        }
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .against import against_peers, by_target, in_words, verdict
 from .charts import bars, legend, lines, ranges
 from .page import (
     Cell,
@@ -248,7 +249,7 @@ def _calls(report: dict[str, Any], ops: Sequence[str]) -> str:
     header += [(f"{target}, {_part(report, target)}", "n") for target in report["targets"]]
     body: list[list[Cell]] = []
     for op in ops:
-        for key, by in _by_target(report, op, typical_case(report, op)).items():
+        for key, by in by_target(report, op, typical_case(report, op)).items():
             direction, contender = key
             launches = next(iter(by.values()))["launches"]
             row: list[Cell] = [(op, ""), (typical_case(report, op), "wide")]
@@ -263,18 +264,6 @@ def _part(report: dict[str, Any], target: str) -> str:
     return str(report["parts"][target]["name"]).split("-")[0]
 
 
-def _by_target(
-    report: dict[str, Any], op: str, case: str
-) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
-    """An op's calls at one case by target, for each pass and contender, forward and ours first."""
-    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for call in report["calls"]:
-        if (call["op"], call["case"]) == (op, case):
-            found.setdefault((call["pass"], call["contender"]), {})[call["target"]] = call
-    first = ("backward", "forward").index
-    return dict(sorted(found.items(), key=lambda pair: (-first(pair[0][0]), pair[0][1] != "fused")))
-
-
 def _modelled(call: dict[str, Any] | None) -> str:
     """Microseconds, and the share of the roofline where it is known."""
     if call is None:
@@ -284,53 +273,29 @@ def _modelled(call: dict[str, Any] | None) -> str:
     return f"{text}, {share:.0%}" if share else text
 
 
-_CLOSE = 0.15  # of a modelled time: the model cannot tell two kernels that near each other apart
-
-
-def against_peers(report: dict[str, Any]) -> list[tuple[str, str, str, str, dict[str, float]]]:
-    """Op, case, pass and peer, and the peer's modelled time over ours by target."""
-    found = []
-    for op in dict.fromkeys(call["op"] for call in report["calls"]):
-        for case in dict.fromkeys(c["case"] for c in report["calls"] if c["op"] == op):
-            calls = _by_target(report, op, case)
-            for (direction, contender), theirs in calls.items():
-                ours = calls.get((direction, "fused"), {})
-                ratios = {
-                    target: theirs[target]["microseconds"][1] / ours[target]["microseconds"][1]
-                    for target in theirs.keys() & ours.keys()
-                    if ours[target]["microseconds"][1]
-                }
-                if contender != "fused" and ratios:
-                    found.append((op, case, direction, contender, ratios))
-    return found
-
-
 def _peers(report: dict[str, Any]) -> list[str]:
     """Ours against peers, losses as plain as wins; nothing where no peer was compiled."""
     rows = against_peers(report)
     missing = [f"{name}: {why}" for name, why in report.get("missing_peers", {}).items()]
     if not rows:
         return [listing(missing)] if missing else []
-    ratios = [ratio for *_, by in rows for ratio in by.values()]
-    wins, losses = sum(r > 1 + _CLOSE for r in ratios), sum(r < 1 / (1 + _CLOSE) for r in ratios)
-    words = (
-        f"The peer's modelled time over ours, of its own kernels alone: above 1 ours is faster. Of "
-        f"{len(ratios)} figures {wins} are wins, {losses} are losses, and the rest are within "
-        f"{_CLOSE:.0%}, where the model cannot tell."
-    )
     header: list[Cell] = [("op", ""), ("inputs", ""), ("pass", ""), ("peer", "")]
     header += [(f"{target}, {_part(report, target)}", "n") for target in report["targets"]]
     body: list[list[Cell]] = []
-    for op, case, direction, peer, by in rows:
-        row: list[Cell] = [(op, ""), (case, "wide"), (direction, ""), (peer, "")]
+    kinds = {"win": "n good", "loss": "n bad", "": "n"}
+    for found in rows:
+        row: list[Cell] = [(found["op"], ""), (found["case"], "wide"), (found["pass"], "")]
+        row.append((found["peer"], ""))
         for target in report["targets"]:
-            ratio = by.get(target)
-            lost = ratio is not None and ratio < 1 / (1 + _CLOSE)
-            won = ratio is not None and ratio > 1 + _CLOSE
-            kind = "n bad" if lost else "n good" if won else "n"
-            row.append((f"{ratio:.2f}x" if ratio else "", kind))
+            ratio = found["ratios"].get(target)
+            row.append((f"{ratio:.2f}x" if ratio else "", kinds[verdict(ratio)]))
         body.append(row)
-    return [heading("Against peers"), paragraph(words), table(header, body), listing(missing)]
+    return [
+        heading("Against peers"),
+        paragraph(in_words(rows)),
+        table(header, body),
+        listing(missing),
+    ]
 
 
 def _launches(report: dict[str, Any], ops: Sequence[str]) -> list[str]:
