@@ -53,7 +53,7 @@ def _labels(rows: Iterable[Sequence[str]]) -> list[str]:
 
 def take(processes: int = 2) -> dict[str, Any]:
     """The figures of every op at one typical size, now."""
-    report = static_report(targets=TARGETS, sizes="one", processes=processes)
+    report = static_report(targets=TARGETS, ops=list(OPS), sizes="one", processes=processes)
     names = _labels([row[k] for k in _KEY] for row in report["rows"])
     calls = {
         " | ".join((c["op"], c["case"], c["pass"], c["target"])): {
