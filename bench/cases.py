@@ -1,7 +1,7 @@
 """The launches that each op makes, forward and backward, on inputs that take no memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,13 @@ class _Lazy(TorchDispatchMode):
         )
 
 
+@contextmanager
+def hollow_results() -> Iterator[None]:
+    """Spares PyTorch's operators inside the block the computation of large results."""
+    with _Lazy():
+        yield
+
+
 def hollow(op: Op, dtype: torch.dtype, size: Mapping[str, Any], offset: int = 0) -> dict[str, Any]:
     """The op's example inputs, of which large tensors of floating point or bytes hold nothing.
 
@@ -117,7 +124,8 @@ def hollow(op: Op, dtype: torch.dtype, size: Mapping[str, Any], offset: int = 0)
         size: Arguments of ``op.example``.
         offset: Elements by which every tensor starts past an aligned address.
     """
-    with untouched_memory(), _Lazy():
+    with untouched_memory(), torch.random.fork_rng(devices=[]), _Lazy():
+        torch.manual_seed(0)  # tables of lengths and indices are the same every time
         inputs = op.example(dtype, CPU, **size)
     if not offset:
         return inputs
@@ -175,7 +183,9 @@ def cases_of(
                         if isinstance(value, Tensor) and value.requires_grad:
                             value.requires_grad_(special == f"only {name}")
                 work = op.work(**inputs)
-                with capture_launches(target) as capture:
+                # PyTorch's part of a peer's host code would be computed, on the CPU
+                lazy = hollow_results() if contender != "fused" else nullcontext()
+                with capture_launches(target) as capture, lazy:
                     rule = getattr(call or op.fused, "dispatch", None)
                     if rule is not None and not rule.takes_kernel((), inputs):
                         continue  # PyTorch takes it there, and would compute it for real

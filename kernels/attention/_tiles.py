@@ -15,6 +15,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _dispatch
+from .._tuned import tunable
 
 
 class Tile(NamedTuple):
@@ -157,6 +158,7 @@ def _gpu_class(x: Tensor) -> str:
     return _class_of(driver.active.get_current_target().arch)
 
 
+@tunable("m", "n", "warps", "stages")
 def tile_of(
     kernel: str, x: Tensor, block_d: int, *, busy: bool = False, crowded: bool = False
 ) -> Tile:
