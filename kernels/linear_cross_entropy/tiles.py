@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _dispatch
+from ..attention._tiles import gpu_class
 from ..cross_entropy import capped
 
 # --- kernels ------------------------------------------------------------------------------------
@@ -141,14 +142,20 @@ def _strip_kernel(
 STRIP_BYTES = 128 << 20  # of ds that the backward holds at once; unmeasured
 
 
-def _tile(x: Tensor, H: int) -> dict[str, int | bool]:
-    """The tile of a product; unmeasured."""
+def _tile(x: Tensor, H: int, *, light: bool = False) -> dict[str, int | bool]:
+    """The tile of a product; unmeasured.
+
+    light: Nothing but statistics follows the product. On GPUs whose tensor cores read
+    operands from shared memory a tile of twice the columns then fits into the registers: for
+    8192 rows of 768 and 50257 classes a modelled 1.4 ms against 1.8 ms on sm_90.
+    """
     if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
         m, n, k, group, warps, stages = 16, 128, 32, 2, 4, 1
     elif x.dtype == torch.float32:  # both halves of each operand, for three tf32 products
         m, n, k, group, warps, stages = 64, 64, 32, 8, 4, 2
     else:
-        m, n, k, group, warps, stages = 128, 128, 64, 8, 8, 3
+        wide = light and gpu_class(x) in ("hopper", "blackwell")
+        m, n, k, group, warps, stages = 128, 256 if wide else 128, 64, 8, 8, 3
     return {
         "BLOCK_M": m,
         "BLOCK_N": n,
@@ -210,7 +217,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Of each row of logits: m, d, the target's logit (0 if it is not here), and sum(w z)."""
     (N, H), V = x.shape, matrix.shape[0]
-    tile = _tile(x, H)
+    tile = _tile(x, H, light=bias is None and softcap == 0.0 and not wants_pull)
     tiles_m, tiles_n = triton.cdiv(N, tile["BLOCK_M"]), triton.cdiv(V, tile["BLOCK_N"])
     m, d = x.new_empty(2, tiles_n, N, dtype=torch.float32).unbind()
     pull = torch.empty_like(m) if wants_pull else None
