@@ -42,7 +42,10 @@ def _logits_of(
     HAS_SOFTCAP: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of logits in float32, -inf past the vocabulary; rows past the last repeat it."""
+    """A tile of logits in float32, -inf past the vocabulary, and the slope of their cap.
+
+    Rows past the last repeat it.
+    """
     offs_k = tl.arange(0, BLOCK_K)
     x_rows = tl.minimum(rows, N - 1).to(tl.int64)
     w_rows = tl.minimum(cols, V - 1).to(tl.int64)
@@ -62,9 +65,10 @@ def _logits_of(
         w_ptrs += BLOCK_K
     if bias_ptr is not None:
         z += tl.load(bias_ptr + w_rows).to(tl.float32)[None, :]
+    slope = 1.0
     if HAS_SOFTCAP:
-        z = capped(z, softcap)
-    return tl.where((cols < V)[None, :], z, float("-inf"))
+        z, slope = capped(z, softcap)
+    return tl.where((cols < V)[None, :], z, float("-inf")), slope
 
 
 @triton.jit
@@ -79,7 +83,7 @@ def _parts_kernel(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = rows < N
-    z = _logits_of(
+    z, _ = _logits_of(
         x_ptr, w_ptr, bias_ptr, rows, cols, stride_xm, stride_wv, N, V, H, softcap,
         HAS_SOFTCAP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
@@ -114,7 +118,7 @@ def _strip_kernel(
     strip_cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = first + strip_cols
     mask_m = rows < N
-    z = _logits_of(
+    z, slope = _logits_of(
         x_ptr, w_ptr, bias_ptr, rows, cols, stride_xm, stride_wv, N, V, H, softcap,
         HAS_SOFTCAP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
@@ -132,7 +136,7 @@ def _strip_kernel(
             w = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         ds -= c[:, None] * w[None, :]
     if HAS_SOFTCAP:
-        ds *= 1.0 - (z / softcap) * (z / softcap)
+        ds *= slope
     places = rows.to(tl.int64)[:, None] * stride_ds + strip_cols[None, :]
     tl.store(ds_ptr + places, ds, mask=mask_m[:, None])
 
