@@ -328,7 +328,7 @@ CROSS_ENTROPY = [
     ("aligned_part", "row * stride", "row * V", STRIDES),
     ("aligned_part", "tl.maximum(V - lead, 0)", "V", MEMORY),
     ("_ends", "tl.minimum(lead, V)", "lead", STARTS),
-    ("capped", "- 2.0 * softcap", "- softcap", FLOAT64),
+    ("capped", "4.0 * e * r", "4.0 * e", FLOAT64),
     ("_mass", "* t + spread", "* t", CE_SHAPES),
     ("_gradient", "tl.where(cols == y, b, 0.0)", "0.0", FLOAT64),
     ("row_target", "(y >= 0) & (y < V)", "y < V", NO_CLASS),
