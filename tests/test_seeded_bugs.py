@@ -324,7 +324,7 @@ QUANTIZED = [
     ("sample", "sampling:_pick_kernel", "start // 4 + quads", "quads", VOCABULARY),
     ("sample", "sampling:_pick_kernel", "(first ^ _LARGEST)", "first", ARGMAX),
     ("sample", "sampling:_order", "(x + 0.0)", "x", SPECIAL_ROWS),
-    ("sample", "sampling:_weigh", "order >= floor", "order > floor", KEPT),
+    ("sample", "sampling:_weight", "(x - largest) / temperature", "x - largest", KEPT),
     ("sample", "sampling:_highest_cut", "enough - 1", "enough", KEPT),
     ("sample", "sampling:_cut_kernel", "tl.minimum(floor, _order(largest))", "floor", KEPT),
 ]  # fmt: skip
