@@ -22,10 +22,12 @@ import test_attention_options
 import test_cross_entropy
 import test_dropout
 import test_embedding
+import test_fp8_linear
 import test_group_norm
 import test_layer_norm
 import test_ops
 import test_rotary
+import test_sampling
 import test_softmax
 import torch
 from triton.runtime.errors import InterpreterError
@@ -125,6 +127,11 @@ CE_SHIFT = test_cross_entropy.test_a_shift_of_the_logits_costs_no_accuracy
 CE_SHAPES = test_cross_entropy.test_shapes_of_every_kind
 IGNORED = test_cross_entropy.test_ignored_rows_of_nan_cost_nothing
 CHANNEL_MEANS = test_group_norm.test_channels_of_unlike_means
+CODES = test_fp8_linear.test_codes_and_scales_are_the_references_to_the_bit
+VOCABULARY = test_sampling.test_any_vocabulary
+ARGMAX = test_sampling.test_greedy_is_argmax
+KEPT = test_sampling.test_the_kept_set_is_the_sorted_references
+SPECIAL_ROWS = test_sampling.test_special_rows
 LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
 
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
@@ -351,8 +358,34 @@ LINEAR_CROSS_ENTROPY = [
     ("tiles:_strip_kernel", "b[:, None], 0.0", "0.0, 0.0", FLOAT64),
     ("tiles:_strip_kernel", "c[:, None] * w[None, :]", "c[:, None]", FLOAT64),
 ]
+# (op, module and kernel, what stands there, what the mistake makes of it, the test that notices)
+QUANTIZED = [
+    ("int8_linear", "_weight_only:int8_to_float", "8388736.0", "8388608.0", FLOAT64),
+    ("int8_linear", "_weight_only:_sum_shares_kernel", "y *= tl.load", "y += tl.load", FLOAT64),
+    ("int8_linear", "int8_linear:_gemv_kernel", "tl.sum(acc1, 1)", "tl.sum(acc0, 1)", FLOAT64),
+    ("int8_linear", "int8_linear:_tile_kernel", "k < K - start", "k < K", FLOAT64),
+    ("int8_linear", "int8_linear:_tile_kernel", "tl.program_id(1) * share", "0", FLOAT64),
+    ("int8_linear", "int8_linear:_dx_kernel", " * scale[:, None]", "", FLOAT64),
+    ("int4_linear", "int4_linear:_nibble_to_float", "8388608.0 + zero", "8388616.0", FLOAT64),
+    ("int4_linear", "int4_linear:_add_row", "k < K - HALF", "k < K", MEMORY),
+    ("int4_linear", "int4_linear:_gemv_kernel", "first % HALF", "first", FLOAT64),
+    ("int4_linear", "int4_linear:_tile_kernel", "q >> 4", "q & 15", FLOAT64),
+    ("int4_linear", "int4_linear:_dx_kernel", "k < K - HALF", "k < K", MEMORY),
+    ("fp8_linear", "fp8_linear:_tile_kernel", "n // BLOCK_K * stride_sw", "n // BLOCK_N", FLOAT64),
+    ("fp8_linear", "fp8_linear:_tile_kernel", "block = start // BLOCK_K", "block = 0", FLOAT64),
+    ("quantize_fp8", "fp8_linear:_quantize_kernel", "tl.abs(x)", "x", CODES),
+    ("quantize_fp8", "fp8_linear:_quantize_kernel", "scale == 0.0", "scale < 0.0", CODES),
+    ("sample", "sampling:_pick_kernel", "order > best", "order >= best", ARGMAX),
+    ("sample", "sampling:_pick_kernel", "start // 4 + quads", "quads", VOCABULARY),
+    ("sample", "sampling:_pick_kernel", "(first ^ _LARGEST)", "first", ARGMAX),
+    ("sample", "sampling:_order", "(x + 0.0)", "x", SPECIAL_ROWS),
+    ("sample", "sampling:_weight", "(x - largest) / temperature", "x - largest", KEPT),
+    ("sample", "sampling:_highest_cut", "enough - 1", "enough", KEPT),
+    ("sample", "sampling:_cut_kernel", "tl.minimum(floor, _order(largest))", "floor", KEPT),
+]  # fmt: skip
 
 BUGS = [
+    *(Bug(*row) for row in QUANTIZED),
     *(Bug(op, f"attention.{kernel}", *rest) for op, kernel, *rest in ATTENTION),
     *(Bug(*row) for row in POINTWISE),
     *(Bug("adamw_step", f"adam.kernels:{kernel}", *rest) for kernel, *rest in ADAMW),
