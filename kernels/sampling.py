@@ -126,6 +126,8 @@ def kept_tokens(
     min_p: float | Tensor = 0.0,
 ) -> Tensor:
     """Which of the float32 logits (B, V) the filters keep at temperatures ``degrees`` (B, 1)."""
+    if _is_off(top_k, 0) and _is_off(top_p, 1.0) and _is_off(min_p, 0.0):
+        return torch.ones_like(x, dtype=torch.bool)
     V = x.shape[1]
     floor = torch.full_like(x[:, :1], -math.inf)
     ordered = x.sort(1, descending=True).values
