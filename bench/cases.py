@@ -1,7 +1,7 @@
 """The launches that each op makes, forward and backward, on inputs that take no memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +67,11 @@ def untouched_memory() -> Iterator[None]:
 
 
 _SMALL = 1 << 16  # elements; what is no larger is computed for real
-_HOLLOW = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
+_HOLLOW = (torch.int8, torch.uint8)  # beside floating point: codes of weights
 
 
 class _Lazy(TorchDispatchMode):
-    """Gives large results of _HOLLOW dtypes their shapes alone; indices and views are real."""
+    """Gives large numbers and bytes their shapes alone; other integers and views are real."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Runs an operator on metadata first, and for real only where that costs little."""
@@ -101,9 +101,18 @@ class _Lazy(TorchDispatchMode):
         except Exception:  # it reads values, or knows no metadata: run it
             return False
         return any(
-            isinstance(t, Tensor) and t.dtype in _HOLLOW and t.numel() > _SMALL
+            isinstance(t, Tensor)
+            and (t.is_floating_point() or t.dtype in _HOLLOW)
+            and t.numel() > _SMALL
             for t in pytree.tree_leaves(found)
         )
+
+
+@contextmanager
+def hollow_results() -> Iterator[None]:
+    """Spares PyTorch's operators inside the block the computation of large results."""
+    with _Lazy():
+        yield
 
 
 def hollow(op: Op, dtype: torch.dtype, size: Mapping[str, Any], offset: int = 0) -> dict[str, Any]:
@@ -115,7 +124,8 @@ def hollow(op: Op, dtype: torch.dtype, size: Mapping[str, Any], offset: int = 0)
         size: Arguments of ``op.example``.
         offset: Elements by which every tensor starts past an aligned address.
     """
-    with untouched_memory(), _Lazy():
+    with untouched_memory(), torch.random.fork_rng(devices=[]), _Lazy():
+        torch.manual_seed(0)  # tables of lengths and indices are the same every time
         inputs = op.example(dtype, CPU, **size)
     if not offset:
         return inputs
@@ -173,7 +183,12 @@ def cases_of(
                         if isinstance(value, Tensor) and value.requires_grad:
                             value.requires_grad_(special == f"only {name}")
                 work = op.work(**inputs)
-                with capture_launches(target) as capture:
+                # PyTorch's part of a peer's host code would be computed, on the CPU
+                lazy = hollow_results() if contender != "fused" else nullcontext()
+                with capture_launches(target) as capture, lazy:
+                    rule = getattr(call or op.fused, "dispatch", None)
+                    if rule is not None and not rule.takes_kernel((), inputs):
+                        continue  # PyTorch takes it there, and would compute it for real
                     forward = _call(call or op.fused, inputs, capture)
                 found += [
                     Case(op.name, dtype, size, special, i >= forward, launch, work, contender)

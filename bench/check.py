@@ -3,7 +3,8 @@
 ``max|fused - exact| <= 2 max|eager - exact| + c ulp(max|exact|)``, c = 16 in float32, 2 in half.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,34 @@ def outcome(call: Callable[..., Any], inputs: Inputs, backward: bool = True) -> 
         torch.autograd.backward(graded, noise)
     gradients = [t.grad for t in given if t.grad is not None]
     return [t.detach().double() for t in (*results, *given, *gradients)]
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fills what host code allocates with NaN, or with -1, inside the block.
+
+    A result that a kernel did not write then shows, where memory that was freed a moment ago may
+    still hold the right answer.
+    """
+    names = [(torch, name) for name in ("empty", "empty_like", "empty_strided")]
+    places: list[tuple[Any, str]] = [*names, (Tensor, "new_empty")]
+    before = [getattr(place, name) for place, name in places]
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*args: Any, **kwargs: Any) -> Tensor:
+            fresh = allocate(*args, **kwargs)
+            number = fresh.is_floating_point() or fresh.is_complex()
+            return fresh.fill_(float("nan") if number else 1 if fresh.dtype == torch.bool else -1)
+
+        return filled
+
+    try:
+        for (place, name), allocate in zip(places, before, strict=True):
+            setattr(place, name, poisoned(allocate))
+        yield
+    finally:
+        for (place, name), allocate in zip(places, before, strict=True):
+            setattr(place, name, allocate)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,13 @@ import torch
 from fastlm.kernels import OPS
 
 from . import compare as comparison
+from . import on_gpu
+from .against import against_peers, peers_table
+from .contenders import triton_peers, versions
+from .files import add_outputs, check_files, check_ops, read_report, write
 from .report import html
 from .static import ALL_TARGETS, TARGETS, static_report
-from .table import static_table, timed_table
+from .table import static_table
 from .timed_report import timed_html
 
 
@@ -22,7 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of ``fastlm bench``."""
     verbs = parser.add_subparsers(dest="bench_verb", metavar="VERB")
     parser.set_defaults(bench_command=_default)
-    _add_run(verbs.add_parser("run", help="time every op against its contenders; needs a GPU"))
+    on_gpu.add_run(verbs.add_parser("run", help="time every op against its contenders; on a GPU"))
+    on_gpu.add_train(
+        verbs.add_parser(
+            "train", help="time training steps and generation of whole models; on a GPU"
+        )
+    )
+    on_gpu.add_tune(
+        verbs.add_parser("tune", help="try other tiles on this GPU and keep what is faster")
+    )
     _add_static(
         verbs.add_parser(
             "static",
@@ -42,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     render.add_argument("report", help="JSON file of bench run or bench static")
     render.add_argument("--html", metavar="FILE", required=True, help="where to write the page")
     render.set_defaults(bench_command=_report)
+    peers = verbs.add_parser("peers", help="ours against installed peers, modelled; needs no GPU")
+    peers.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    peers.set_defaults(bench_command=_peers)
     gate = verbs.add_parser("snapshot", help="check the machine code against the committed figures")
     gate.add_argument("--update", action="store_true", help="write the figures instead")
     gate.set_defaults(bench_command=_snapshot)
@@ -55,16 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--op", action="append", metavar="NAME", help="an op's name; may be repeated (default: all)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write every row as JSON")
-    parser.add_argument("--html", metavar="FILE", help="write a page with charts")
-
-
 def _add_static(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser)
+    add_outputs(parser)
     parser.add_argument(
         "--target",
         action="append",
@@ -74,8 +79,8 @@ def _add_static(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes",
         choices=("one", "bench", "all"),
-        default="bench",
-        help="one typical size an op, the benchmark sizes (default), or the small test sizes too",
+        default="one",
+        help="one typical size an op (default), all benchmark sizes, or the small test sizes too",
     )
     parser.add_argument(
         "--dtypes",
@@ -93,39 +98,6 @@ def _add_static(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(bench_command=_static)
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser)
-    parser.add_argument(
-        "--suite", choices=("quick", "full"), default="quick", help="quick: one size an op"
-    )
-    parser.add_argument(
-        "--mode",
-        action="append",
-        choices=("forward", "backward", "full"),
-        help="may be repeated (default: forward and full)",
-    )
-    parser.add_argument(
-        "--dtype",
-        action="append",
-        choices=("bfloat16", "float16", "float32"),
-        help="may be repeated (default: bfloat16)",
-    )
-    parser.add_argument(
-        "--contender",
-        action="append",
-        metavar="NAME",
-        help="beside fused and eager; may be repeated (default: all that are installed)",
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=100.0,
-        metavar="SECONDS",
-        help="for the timing (default 100)",
-    )
-    parser.set_defaults(bench_command=_run)
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs ``fastlm bench`` and gives its exit code.
 
@@ -139,36 +111,11 @@ def _default(args: argparse.Namespace) -> int:
     """No verb: the quick suite on a GPU, the static report elsewhere."""
     parser = argparse.ArgumentParser()
     verb = "run" if torch.cuda.is_available() else "static"
-    (_add_run if verb == "run" else _add_static)(parser)
+    (on_gpu.add_run if verb == "run" else _add_static)(parser)
     return run(parser.parse_args([]))
 
 
 # --- verbs --------------------------------------------------------------------------------------
-
-
-def _run(args: argparse.Namespace) -> int:
-    from .suite import CudaBench, run_suite, settings
-
-    _check_ops(args.op)
-    _check_files(args.json, args.html)
-    if args.budget <= 0:
-        raise ValueError(f"bench: --budget must be positive; got {args.budget}")
-    if not torch.cuda.is_available():
-        print("NOTHING WAS TIMED: no CUDA device. fastlm bench static works without one.")
-        return 1
-    modes, dtypes = args.mode or ["forward", "full"], args.dtype or ["bfloat16"]
-    cases = list(settings(args.suite, args.op, modes, dtypes))
-    report = run_suite(
-        cases, CudaBench(), wanted=args.contender, budget=args.budget, progress=_progress
-    )
-    print(timed_table(report))
-    _write(report, args.json, args.html, timed_html)
-    return int(any(r["contender"] == "fused" and r["status"] != "ok" for r in report["rows"]))
-
-
-def _progress(line: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def _static(args: argparse.Namespace) -> int:
@@ -179,8 +126,8 @@ def _static(args: argparse.Namespace) -> int:
         if target not in ALL_TARGETS:
             known = ", ".join(ALL_TARGETS)
             raise ValueError(f"bench: --target must be one of {known}; got {target!r}")
-    _check_ops(args.op)
-    _check_files(args.json, args.html)
+    check_ops(args.op)
+    check_files(args.json, args.html)
     if args.processes < 1:
         raise ValueError(f"bench: --processes must be at least 1; got {args.processes}")
     training = _read_run(args.run) if args.run else None
@@ -195,7 +142,7 @@ def _static(args: argparse.Namespace) -> int:
     if training:
         report["training"] = training
     print(static_table(report))
-    _write(report, args.json, args.html, html)
+    write(report, args.json, args.html, html)
     return 0
 
 
@@ -208,7 +155,7 @@ def _compare(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"bench: --fail-above must be a percentage; got {args.fail_above!r}"
             ) from None
-    rows = comparison.compare(_read_report(args.old), _read_report(args.new))
+    rows = comparison.compare(read_report(args.old), read_report(args.new))
     print(comparison.comparison_table(rows))
     worse = [] if limit is None else comparison.regressions(rows, limit)
     for row in worse:
@@ -217,9 +164,29 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    _check_files(args.html)
-    report = _read_report(args.report)
+    check_files(args.html)
+    report = read_report(args.report)
     Path(args.html).write_text(timed_html(report) if report["timed"] else html(report))
+    return 0
+
+
+def _peers(args: argparse.Namespace) -> int:
+    check_files(args.json)
+    names = [name for name in OPS if triton_peers(name)]
+    if not names:
+        raise ValueError("bench: no peer is installed; try pip install liger-kernel")
+    report = static_report(ops=names, peers=True)
+    print(peers_table(report))
+    if args.json:
+        env = report["environment"]
+        figures = {
+            "triton": env["triton"],
+            "peers": versions(),
+            "missing": report["missing_peers"],
+            "targets": report["targets"],
+            "rows": against_peers(report),
+        }
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 
 
@@ -230,17 +197,22 @@ def _snapshot(args: argparse.Namespace) -> int:
         snapshot.write(snapshot.take())
         print(f"wrote {snapshot.FILE}")
         return 0
-    worse = snapshot.regressions(snapshot.read(), snapshot.take())
+    committed = snapshot.read()
+    now, compiled = snapshot.changed(committed)
+    worse = snapshot.regressions(committed, now)
     for text in worse:
         print(f"REGRESSION {text}")
-    print(f"{len(worse) or 'no'} regressions against {snapshot.FILE.name}")
+    print(
+        f"{len(worse) or 'no'} regressions against {snapshot.FILE.name}: "
+        f"{len(now['rows'])} launches, {compiled} compiled, the rest unchanged"
+    )
     return int(bool(worse))
 
 
 def _host(args: argparse.Namespace) -> int:
     from .host import host_report, host_table
 
-    _check_files(args.json)
+    check_files(args.json)
     report = host_report()
     print(host_table(report))
     if args.json:
@@ -265,39 +237,7 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-# --- arguments and files ------------------------------------------------------------------------
-
-
-def _check_ops(names: Sequence[str] | None) -> None:
-    for name in names or ():
-        if name not in OPS:
-            raise ValueError(f"bench: --op must be one of {', '.join(OPS)}; got {name!r}")
-
-
-def _check_files(*files: str | None) -> None:
-    """Fails before the work, not after it."""
-    for file in files:
-        if file and not Path(file).resolve().parent.is_dir():
-            raise ValueError(f"bench: the folder of {file!r} must exist")
-
-
-def _write(
-    report: dict[str, Any], to_json: str | None, to_html: str | None, render: Callable[..., str]
-) -> None:
-    if to_json:
-        Path(to_json).write_text(json.dumps(report, indent=1, allow_nan=False))
-    if to_html:
-        Path(to_html).write_text(render(report))
-
-
-def _read_report(file: str) -> dict[str, Any]:
-    try:
-        report = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"bench: {file!r} must be a JSON report; {error}") from None
-    if not isinstance(report, dict) or "timed" not in report or "rows" not in report:
-        raise ValueError(f"bench: {file!r} must be a report of fastlm bench")
-    return report
+# --- a training run -------------------------------------------------------------------------------
 
 
 def _read_run(folder: str) -> dict[str, Any]:

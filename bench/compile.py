@@ -9,8 +9,8 @@ from itertools import repeat
 from typing import Any
 
 from .capture import Launch
-from .machine_code import read
-from .model import cost
+from .machine_code import disassembled, read
+from .model import cost, kept_cost
 from .rules import Compiled
 
 _CHUNK = 12  # kernels a disassembler run shares
@@ -37,12 +37,12 @@ def _compile_one(launch: Launch, arch: int, seconds: float) -> Any:
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, should something swallow it
     try:
         return launch.compile(arch)
-    except TimeoutError:
-        return f"not compiled after {seconds:.0f} s"
     except Exception as caught:  # the compiler's own, of any kind
         error: BaseException | None = caught
         causes = []
         while error is not None:
+            if isinstance(error, TimeoutError):  # bare, or in what the compiler made of it
+                return f"not compiled after {seconds:.0f} s"
             last = (str(error).strip().splitlines() or [""])[-1]
             causes.append(f"{type(error).__name__}: {last[:200]}")
             error = error.__cause__
@@ -55,15 +55,18 @@ def _compile_one(launch: Launch, arch: int, seconds: float) -> Any:
 def _compile_chunk(chunk: Sequence[int], seconds: float, modelled: bool) -> list[Any]:
     """For each job a message, or the fields of ``Compiled`` that follow launch and arch."""
     compiled = [_compile_one(*_jobs[i], seconds) for i in chunk]
-    facts = iter(read([c for c in compiled if not isinstance(c, str)]))
+    good = [c for c in compiled if not isinstance(c, str)]
+    code = disassembled([c for c in good if modelled and kept_cost(c) is None])
+    facts = iter(read(good, code))
     answers: list[Any] = []
     for c in compiled:
         if isinstance(c, str):
             answers.append(c)
         else:
-            code = next(facts)
-            report = cost(c) if modelled or code.spills else None  # it says where the spills are
-            answers.append((c.asm["ttir"], c.asm["ttgir"], code, report))
+            fact = next(facts)
+            known = modelled or fact.spills  # the report says where the spills are
+            report = cost(c, code.get(c.hash)) if known else None
+            answers.append((c.asm["ttir"], c.asm["ttgir"], fact, report))
     return answers
 
 

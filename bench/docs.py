@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import snapshot
+from .against import in_words, verdict
 from .table import digits, human
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +23,7 @@ def _machine_code(figures: dict[str, Any]) -> list[str]:
     """Every kernel on every target, at a typical size."""
     rows = []
     for key, row in figures["rows"].items():
-        op, case, direction, kernel, target = key.split(" | ")
+        op, case, direction, kernel, target, *_ = key.split(" | ")
         if "error" in row:
             rows.append([op, case, f"`{kernel}`", direction, target, row["error"], *[""] * 6])
             continue
@@ -50,21 +51,26 @@ def _machine_code(figures: dict[str, Any]) -> list[str]:
 
 
 def _calls(figures: dict[str, Any]) -> list[str]:
-    """Forward and backward of every op, modelled."""
-    rows = []
+    """Forward and backward of every op, modelled, a column a target."""
+    calls: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for key, call in figures["calls"].items():
-        op, case, direction, target = key.split(" | ")
-        low, middle, high = call["modelled_us"]
-        share = f"{call['roofline']:.0%}" if call["roofline"] else ""
-        least = human(call["least_bytes"]) + "B" if call["least_bytes"] else ""
-        span = f"{digits(low)} to {digits(high)}"
-        moved = human(call["bytes"]) + "B"
-        figures_ = [digits(middle), span, str(call["launches"]), moved, least, share]
-        rows.append([op, case, direction, target, *figures_])
-    header = (
-        "op|inputs|pass|target|modelled us|range|launches|bytes moved|bytes needed|of the roofline"
-    )
-    return _table(header.split("|"), rows)
+        *which, target = key.split(" | ")
+        calls.setdefault(tuple(which), {})[target] = call
+    targets = list(figures["parts"])
+    rows = []
+    for (op, case, direction), by in calls.items():
+        launches = str(next(iter(by.values()))["launches"])
+        rows.append([op, case, direction, launches, *(_modelled(by.get(t)) for t in targets)])
+    return _table(["op", "inputs", "pass", "launches", *targets], rows)
+
+
+def _modelled(call: dict[str, Any] | None) -> str:
+    """Microseconds, their range, and the share of the roofline where it is known."""
+    if call is None:
+        return ""
+    low, middle, high = (digits(t) for t in call["modelled_us"])
+    share = f", {call['roofline']:.0%}" if call["roofline"] else ""
+    return f"{middle} ({low} to {high}){share}"
 
 
 def _host(report: dict[str, Any]) -> list[str]:
@@ -82,6 +88,10 @@ def _host(report: dict[str, Any]) -> list[str]:
         [row["op"], str(row["fused_us"]), str(row["eager_us"]), f"{row['over_us']:+.2f}"]
         for row in report["calls"]
     ]
+    steps = [
+        [row["model"], *(str(row[k]) for k in ("launches", "other_operators", "eager_operators"))]
+        for row in report["steps"]
+    ]
     return [
         "## Memory and launches",
         "",
@@ -90,6 +100,14 @@ def _host(report: dict[str, Any]) -> list[str]:
         "",
         *_table(["op", "inputs", "kept", "kept by eager", "launches"], memory),
         "",
+        "## Launches of a training step",
+        "",
+        "Forward, backward and AdamW, whatever the batch: launches of our kernels as host code "
+        "makes them, PyTorch's operators beside them, and PyTorch's operators alone. Operators are "
+        "counted where the step calls them; on a GPU most are a launch, some are several.",
+        "",
+        *_table(["model", "our launches", "operators beside", "PyTorch alone"], steps),
+        "",
         "## Calls on the CPU",
         "",
         "Measured: microseconds of a call at the smallest size, beside PyTorch's own function.",
@@ -97,6 +115,32 @@ def _host(report: dict[str, Any]) -> list[str]:
         *_table(["op", "fused", "PyTorch", "over"], calls),
         "",
         f"`import fastlm.kernels` takes {report['import_seconds']} s after torch and triton.",
+    ]
+
+
+def _peers(figures: dict[str, Any]) -> list[str]:
+    """Ours against peers, modelled."""
+    rows = [
+        [row["op"], row["case"], row["pass"], row["peer"]]
+        + [
+            f"{row['ratios'][t]:.2f}x {verdict(row['ratios'][t])}".strip()
+            if t in row["ratios"]
+            else ""
+            for t in figures["targets"]
+        ]
+        for row in figures["rows"]
+    ]
+    named = ", ".join(f"{name} {version}" for name, version in figures["peers"].items())
+    return [
+        "## Against peers, modelled",
+        "",
+        f"{in_words(figures['rows'])} By `fastlm bench peers`: {named}, through their own host "
+        "code, compiled and modelled in the same run as ours. Not measured.",
+        "",
+        *_table(["op", "inputs", "pass", "peer", *figures["targets"]], rows),
+        *(["", "Not compared:", ""] if figures["missing"] else []),
+        *(f"- {name}: {why}" for name, why in figures["missing"].items()),
+        "",
     ]
 
 
@@ -124,6 +168,7 @@ def _timed() -> list[str]:
 def benchmarks_page() -> str:
     """The page, from the snapshot and the committed results."""
     figures = snapshot.read()
+    peers = RESULTS / "peers.json"
     parts = ", ".join(f"{target}: {part['name']}" for target, part in figures["parts"].items())
     lines = [
         "# Benchmarks",
@@ -136,12 +181,15 @@ def benchmarks_page() -> str:
         "## Calls, modelled",
         "",
         f"Modelled from the machine code by `fastlm bench static`, triton {figures['triton']}; "
-        f"not measured. Parts: {parts}. The range is from the slowest pipe alone to no overlap. "
+        f"not measured. Microseconds; in brackets the range from the slowest pipe alone to no "
+        "overlap; then the share of the roofline, the least bytes or FLOPs of the call at the "
+        f"part's peak. Parts: {parts}. "
         "Against published measurements of other kernels the simulated figure errs by about 14 % "
         "on tensor-core kernels and 8 % on streaming ones.",
         "",
         *_calls(figures),
         "",
+        *(_peers(json.loads(peers.read_text())) if peers.is_file() else []),
         "## Machine code",
         "",
         "Facts read off the compiled code, at a typical size of each op.",

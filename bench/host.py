@@ -1,5 +1,7 @@
 """What needs no GPU to be measured: memory kept for the backward, launches, calls, imports."""
 
+import inspect
+import itertools
 import subprocess
 import sys
 import time
@@ -8,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlm.kernels import OPS, Op
+from fastlm.kernels import OPS, AdamW, Op, backend
 
 from .capture import capture_launches
-from .cases import CPU, cases_of, hollow, untouched_memory
+from .cases import CPU, cases_of, hollow, hollow_results, untouched_memory
 from .contenders import eager_of
 from .table import columns, digits, human
 
@@ -53,8 +55,8 @@ def memory_row(op: Op) -> dict[str, Any]:
     dtype, size = _typical(op)
     with untouched_memory(), capture_launches(90):
         fused = saved_bytes(op.fused, hollow(op, dtype, size))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        eager = saved_bytes(op.reference, op.example(dtype, CPU, **size))
+    with untouched_memory(), hollow_results():
+        eager = saved_bytes(op.reference, hollow(op, dtype, size))
     cases = cases_of(op, 90, sizes=[size], dtypes=[dtype])
     return {
         "op": op.name,
@@ -66,22 +68,82 @@ def memory_row(op: Op) -> dict[str, Any]:
     }
 
 
+def _positional(op: Op, inputs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Inputs as a caller writes them: by place where the op takes them so."""
+    by_name = inspect.Parameter.KEYWORD_ONLY
+    kinds = {name: p.kind for name, p in inspect.signature(op.fused).parameters.items()}
+    places = list(itertools.takewhile(lambda name: name in inputs, kinds))
+    first = [name for name in places if kinds[name] is not by_name]
+    return [inputs[n] for n in first], {n: v for n, v in inputs.items() if n not in first}
+
+
 def call_row(op: Op, calls: int = 2000, rounds: int = 7) -> dict[str, Any]:
     """Microseconds of a CPU call at the op's smallest size, fused and PyTorch's own, in turns."""
-    inputs = op.example(torch.float32, CPU, **op.sizes[0])
-    given = [v.detach() if isinstance(v, Tensor) else v for v in inputs.values()]
+    dtype = torch.float32 if torch.float32 in op.dtypes else op.dtypes[0]
+    inputs = op.example(dtype, CPU, **op.sizes[0])
+    given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    args, kwargs = _positional(op, given)
     best = {"fused": float("inf"), "eager": float("inf")}
     for _ in range(rounds):
         for name, function in (("fused", op.fused), ("eager", eager_of(op))):
             started = time.perf_counter()
             for _ in range(calls // rounds):
-                function(*given)
+                function(*args, **kwargs)
             best[name] = min(best[name], (time.perf_counter() - started) / (calls // rounds))
     return {
         "op": op.name,
         "fused_us": round(best["fused"] * 1e6, 2),
         "eager_us": round(best["eager"] * 1e6, 2),
         "over_us": round((best["fused"] - best["eager"]) * 1e6, 2),
+    }
+
+
+class _Operators(TorchDispatchMode):
+    """Counts the operators that compute something: no views, no fresh memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours = self.others = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Counts one operator and runs it."""
+        name = func._schema.name
+        if name.startswith("fastlm::"):
+            self.ours += 1
+        elif not func.is_view and "empty" not in name and name != "aten::detach":
+            self.others += 1
+        return func(*args, **(kwargs or {}))
+
+
+def step_row(preset: str) -> dict[str, Any]:
+    """Kernel launches and operators of one training step of a model, whatever its batch.
+
+    Launches of ours are counted as host code makes them. PyTorch's operators are counted where the
+    step calls them; on a GPU most are a launch, some are several.
+    """
+    from fastlm.lm import GPT, GPTConfig
+
+    ids = torch.zeros(1, 16, dtype=torch.long)
+
+    def step(kind: Any) -> _Operators:
+        torch.manual_seed(0)
+        model = GPT(GPTConfig.preset(preset))
+        optimizer = kind(model.parameters(), fused=True)
+        with _Operators() as operators:
+            _, loss = model(ids, ids)
+            loss.backward()
+            optimizer.step()
+        return operators
+
+    with untouched_memory(), capture_launches(90) as capture:
+        fused = step(AdamW)
+    with backend("torch"):
+        eager = step(torch.optim.AdamW)
+    return {
+        "model": preset,
+        "launches": len(capture.launches),
+        "other_operators": fused.others,
+        "eager_operators": eager.others,
     }
 
 
@@ -105,6 +167,7 @@ def host_report() -> dict[str, Any]:
     drop_ins = [op for op in OPS.values() if getattr(op.fused, "dispatch", None) is not None]
     return {
         "memory": [memory_row(op) for op in OPS.values()],
+        "steps": [step_row(preset) for preset in ("tiny", "gpt2", "smollm2-135m")],
         "calls": [call_row(op) for op in drop_ins],
         "import_seconds": round(import_seconds(), 3),
     }
@@ -128,10 +191,17 @@ def host_table(report: dict[str, Any]) -> str:
         (row["op"], *(digits(row[k]) for k in ("fused_us", "eager_us")), f"{row['over_us']:+.2f}")
         for row in report["calls"]
     ]
+    steps = [("model", "our launches", "PyTorch operators beside", "PyTorch alone")] + [
+        (row["model"], *(str(row[k]) for k in ("launches", "other_operators", "eager_operators")))
+        for row in report["steps"]
+    ]
     return "\n".join(
         [
             "Kept for the backward beyond inputs and results, and kernel launches (counted):",
             *columns(memory, right=(2, 3, 4, 5)),
+            "",
+            "A training step (counted):",
+            *columns(steps, right=(1, 2, 3)),
             "",
             "A call on the CPU, smallest size (measured on this machine):",
             *columns(calls, right=(1, 2, 3)),

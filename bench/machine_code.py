@@ -1,10 +1,7 @@
 """Facts read off compiled kernels: registers, spills, memory, instructions."""
 
-import bisect
 import json
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,10 +10,9 @@ from typing import Any
 from triton.runtime.cache import get_cache_manager
 
 from .sass import GPUS, occupancy
-from .sass.parse import elf_info, sections, tool
+from .sass.parse import Disassembly, disassemble_all, elf_info
 
 _FORMAT = 1  # of the cached facts
-_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
 _ACCESS = re.compile(r"^(LDG|STG|LDGSTS|LD|ST|RED|REDG|ATOM|ATOMG)\b")
 _TENSOR = re.compile(r"^(HMMA|HGMMA|UTC[HQIO]MMA|IMMA|IGMMA|QMMA|QGMMA|OMMA|DMMA)\b")
 _DOUBLE = re.compile(r"^(D(ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w*64H|[FI]2[FI]\S*F64)")
@@ -100,59 +96,46 @@ class MachineCode:
         return blocks, blocks * self.warps * 32 / gpu.threads, limiter
 
 
-def _code_sections(cubin: bytes) -> bytes:
-    """The machine code of a cubin: the bytes of its .text sections."""
-    return b"".join(
-        cubin[offset : offset + size]
-        for name, offset, size in sections(cubin)
-        if name.startswith(".text.")
-    )
+def disassembled(compiled: Sequence[Any]) -> dict[str, Disassembly]:
+    """Compiled kernels' instructions by hash; the disassembler runs once a capability."""
+    found: dict[str, Disassembly] = {}
+    for arch in {kernel.metadata.target.arch for kernel in compiled}:
+        chosen = {k.hash: k.asm["cubin"] for k in compiled if k.metadata.target.arch == arch}
+        found |= zip(chosen, disassemble_all(list(chosen.values()), arch), strict=True)
+    return found
 
 
-def _opcodes(cubins: Sequence[bytes], arch: int) -> list[dict[str, int]]:
-    """The instructions of each cubin. One disassembler for all: starting it costs half a second."""
-    starts, code = [], b""
-    for cubin in cubins:
-        starts.append(len(code))
-        code += _code_sections(cubin)
-    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
-        file.write(code)
-        file.flush()
-        name = f"SM{arch}{'a' if arch >= 90 else ''}"
-        text = subprocess.run(
-            [tool("nvdisasm"), "-b", name, file.name], capture_output=True, text=True, check=True
-        ).stdout
-    counts: list[Counter[str]] = [Counter() for _ in cubins]
-    for match in _INSTRUCTION.finditer(text):
-        counts[bisect.bisect_right(starts, int(match[1], 16)) - 1][match[2]] += 1
-    return [dict(count) for count in counts]
+def _kept(kernel: Any) -> MachineCode | None:
+    """The facts that Triton's cache holds of a kernel."""
+    file_name = get_cache_manager(kernel.hash).get_file("fastlm.json")
+    if file_name is None:
+        return None
+    with open(file_name) as file:
+        kept = json.load(file)
+    return MachineCode(**kept) if kept.pop("format") == _FORMAT else None
 
 
-def read(compiled: Sequence[Any]) -> list[MachineCode]:
-    """The facts of compiled kernels, kept beside them in Triton's cache."""
-    facts: dict[str, MachineCode] = {}
-    missing: dict[int, dict[str, Any]] = {}
-    for kernel in compiled:
-        kept = get_cache_manager(kernel.hash).get_file("fastlm.json")
-        if kept is not None:
-            with open(kept) as file:
-                read_back = json.load(file)
-            if read_back.pop("format") == _FORMAT:
-                facts[kernel.hash] = MachineCode(**read_back)
-                continue
-        missing.setdefault(kernel.metadata.target.arch, {})[kernel.hash] = kernel
-    for arch, kernels in missing.items():
-        counts = _opcodes([k.asm["cubin"] for k in kernels.values()], arch)
-        for (key, kernel), opcodes in zip(kernels.items(), counts, strict=True):
-            info = elf_info(kernel.asm["cubin"])
-            facts[key] = MachineCode(
-                registers=info.registers,
-                stack=info.stack,
-                shared=kernel.metadata.shared,
-                tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
-                warps=info.threads // 32 or kernel.metadata.num_warps,
-                opcodes=opcodes,
-            )
-            text = json.dumps({"format": _FORMAT, **asdict(facts[key])})
-            get_cache_manager(key).put(text, "fastlm.json", binary=False)
+def read(compiled: Sequence[Any], code: dict[str, Disassembly] | None = None) -> list[MachineCode]:
+    """The facts of compiled kernels, kept beside them in Triton's cache.
+
+    Args:
+        compiled: The kernels.
+        code: From ``disassembled``, what is there already.
+    """
+    facts = {kernel.hash: kept for kernel in compiled if (kept := _kept(kernel))}
+    missing = {kernel.hash: kernel for kernel in compiled if kernel.hash not in facts}
+    code = code or {}
+    code = code | disassembled([k for key, k in missing.items() if key not in code])
+    for key, kernel in missing.items():
+        info = elf_info(kernel.asm["cubin"])
+        facts[key] = MachineCode(
+            registers=info.registers,
+            stack=info.stack,
+            shared=kernel.metadata.shared,
+            tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
+            warps=info.threads // 32 or kernel.metadata.num_warps,
+            opcodes=dict(Counter(i.opcode for i in code[key][0])),
+        )
+        text = json.dumps({"format": _FORMAT, **asdict(facts[key])})
+        get_cache_manager(key).put(text, "fastlm.json", binary=False)
     return [facts[kernel.hash] for kernel in compiled]

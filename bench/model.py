@@ -3,9 +3,9 @@
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from triton.runtime.cache import get_cache_manager
@@ -13,6 +13,7 @@ from triton.runtime.cache import get_cache_manager
 from . import sass
 from .capture import Launch
 from .sass import LoopReport, Report, analyse, predict, traffic_bytes
+from .sass.parse import Disassembly
 from .ttir import parse
 from .turns import trip_counts
 
@@ -24,25 +25,34 @@ ASSUMPTIONS = (
 
 
 @functools.cache
-def _version() -> str:
-    """Changes whenever the model's own code does."""
+def version() -> str:
+    """Changes whenever the model of a kernel's machine code does."""
     digest = hashlib.sha256()
-    folder = os.path.dirname(sass.__file__)
-    for name in sorted(os.listdir(folder)):
-        if name.endswith(".py"):
-            with open(os.path.join(folder, name), "rb") as file:
-                digest.update(file.read())
+    for file in sorted(Path(sass.__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def cost(compiled: Any) -> Report:
-    """The cost model's report of a compiled kernel, kept beside it in Triton's cache."""
-    keeper = get_cache_manager(compiled.hash)
-    kept = keeper.get_file(f"fastlm-cost-{_version()}.json")
+def kept_cost(compiled: Any) -> Report | None:
+    """The cost model's report that Triton's cache holds of a kernel."""
+    kept = get_cache_manager(compiled.hash).get_file(f"fastlm-cost-{version()}.json")
+    if kept is None:
+        return None
+    with open(kept) as file:
+        fields = json.load(file)
+    return Report(**{**fields, "loops": [LoopReport(**loop) for loop in fields["loops"]]})
+
+
+def cost(compiled: Any, code: Disassembly | None = None) -> Report:
+    """The cost model's report of a compiled kernel, kept beside it in Triton's cache.
+
+    Args:
+        compiled: The kernel.
+        code: Its instructions, if they are there; they are changed.
+    """
+    kept = kept_cost(compiled)
     if kept is not None:
-        with open(kept) as file:
-            fields = json.load(file)
-        return Report(**{**fields, "loops": [LoopReport(**loop) for loop in fields["loops"]]})
+        return kept
     metadata = compiled.metadata
     report = analyse(
         compiled.asm["cubin"],
@@ -51,8 +61,10 @@ def cost(compiled: Any) -> Report:
         shared=metadata.shared,
         stages=metadata.num_stages or 2,
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,
+        code=code,
     )
-    keeper.put(json.dumps(asdict(report)), f"fastlm-cost-{_version()}.json", binary=False)
+    text = json.dumps(asdict(report))
+    get_cache_manager(compiled.hash).put(text, f"fastlm-cost-{version()}.json", binary=False)
     return report
 
 
@@ -152,7 +164,9 @@ def roofline(arch: int, work: tuple[int, int], half: bool) -> float:
     """Microseconds that the least bytes and the FLOPs of a call take on the part at its peak."""
     gpu = sass.GPUS[arch]
     bytes_, flops = work
-    peak = 2 * gpu.tensor["f16" if half else "tf32"] * gpu.multiprocessors * gpu.megahertz * 1e6
+    kind = "f16" if half else "tf32"
+    boost = max(1.0, gpu.ceiling.get(kind, gpu.ceiling[""]))  # some parts run above their clock
+    peak = 2 * gpu.tensor[kind] * gpu.multiprocessors * gpu.megahertz * 1e6 * boost
     return max(bytes_ / (gpu.dram_gbs * 1e9), flops / peak) * 1e6
 
 

@@ -1,11 +1,13 @@
 """The page that reports share: style, parts and script. One file, no network, light and dark."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 from .charts import element
 
-_COLOURS = 6
+_COLOURS = 10
 
 _STYLE = """
 :root {
@@ -13,12 +15,14 @@ _STYLE = """
   --page: #fbfbfa; --card: #fff; --ink: #1c1d1f; --soft: #63666b; --rule: #e3e3e0;
   --track: #f0f0ed; --warn: #8a4b00; --warn-bg: #fff4e0; --bad: #b3261e; --good: #116b3a;
   --s0: #2a6fdb; --s1: #c2570c; --s2: #0f8a78; --s3: #8250df; --s4: #b3307f; --s5: #5f6b00;
+  --s6: #8a5a2b; --s7: #4b5563; --s8: #00809c; --s9: #b02a37;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #131416; --card: #1b1d20; --ink: #e8e8e6; --soft: #a0a4aa; --rule: #303338;
     --track: #26292d; --warn: #ffd08a; --warn-bg: #3a2c12; --bad: #ff8a80; --good: #6fd39b;
     --s0: #6aa5ff; --s1: #ff9a57; --s2: #4fd1bd; --s3: #b99bff; --s4: #ff8fc8; --s5: #c6d35a;
+    --s6: #d9a878; --s7: #aab4c2; --s8: #5cc8e0; --s9: #ff8b94;
   }
 }
 * { box-sizing: border-box }
@@ -41,6 +45,7 @@ li { margin: 2px 0; max-width: 95ch }
 .tile span { color: var(--soft); font-size: 13px }
 .cards { display: grid; gap: 16px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
+.cards > .card:first-child:nth-last-child(3) { grid-row: span 2; align-self: start }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
   padding: 16px 18px; min-width: 0; overflow-x: auto }
 svg { width: 100%; height: auto; display: block }
@@ -100,8 +105,8 @@ def _colours() -> str:
     return "\n".join(rules)
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """A whole document around the parts of its body."""
+def page(title: str, body: Iterable[str], data: Mapping[str, Any] | None = None) -> str:
+    """A whole document around the parts of its body, and the report itself as JSON if given."""
     head = (
         '<meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -109,6 +114,9 @@ def page(title: str, body: Iterable[str]) -> str:
         + element("style", _STYLE + _colours())
     )
     content = element("main", "".join(body)) + element("script", _SCRIPT)
+    if data is not None:
+        text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # ends no script early
+        content += element("script", text, type="application/json", id="report")
     document = element("head", head) + element("body", content)
     return "<!doctype html>" + element("html", document, lang="en") + "\n"
 

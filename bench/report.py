@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .against import against_peers, by_target, in_words, verdict
 from .charts import bars, legend, lines, ranges
 from .page import (
     Cell,
@@ -16,7 +17,7 @@ from .page import (
     table,
     tiles,
 )
-from .table import accesses_in_short, digits, human
+from .table import accesses_in_short, digits
 
 Rows = list[dict[str, Any]]
 
@@ -37,7 +38,12 @@ def html(report: dict[str, Any]) -> str:
         body.append(listing(refused, "bad"))
     if report.get("training"):
         body += _training(report["training"])
-    body += [heading("Each op at a typical size"), _calls(report, ops)]
+    note = (
+        "Modelled time, and the share of the roofline: the least bytes or FLOPs of the call at the "
+        "part's peak, over that time."
+    )
+    body += [heading("Each op at a typical size"), paragraph(note), _calls(report, ops)]
+    body += _peers(report)
     for op in ops:
         body += _op_section(report, op)
     body += [*_launches(report, ops), *_foundations(report), notice]
@@ -168,7 +174,7 @@ def _registers(row: dict[str, Any]) -> str:
 
 
 def _occupancy(row: dict[str, Any]) -> str:
-    return f"{row['occupancy']:.0%} {row['occupancy_limiter']}"
+    return f"{row['occupancy']:.0%} {row['occupancy_limiter'].removesuffix(' memory')}"
 
 
 def _sweep(report: dict[str, Any], op: str) -> str:
@@ -232,31 +238,64 @@ def _span(low: float, high: float) -> str:
 
 
 def _calls(report: dict[str, Any], ops: Sequence[str]) -> str:
-    """Modelled forward and backward of each op at its typical size."""
-    header: list[Cell] = [(name, "") for name in ("op", "inputs", "target", "pass", "whose")]
-    numbers = ("launches", "modelled us", "range", "bytes moved", "bytes needed", "of the roofline")
-    header += [(name, "n") for name in numbers]
-    body = []
+    """Modelled forward and backward of each op at its typical size, a column a target."""
+    header: list[Cell] = [
+        ("op", ""),
+        ("inputs", ""),
+        ("pass", ""),
+        ("whose", ""),
+        ("launches", "n"),
+    ]
+    header += [(f"{target}, {_part(report, target)}", "n") for target in report["targets"]]
+    body: list[list[Cell]] = []
     for op in ops:
-        case = typical_case(report, op)
-        ours = [c for c in report["calls"] if (c["op"], c["case"]) == (op, case)]
-        order = report["targets"].index
-        for call in sorted(ours, key=lambda c: (order(c["target"]), c["pass"], c["contender"])):
-            low, middle, high = call["microseconds"]
-            needed = human(call["least_bytes"]) + "B" if "least_bytes" in call else ""
-            share = f"{call['roofline_share']:.0%}" if call.get("roofline_share") else ""
-            figures = (
-                str(call["launches"]),
-                ">= " * call["guessed"] + digits(middle),
-                _span(low, high),
-                human(call["bytes"]) + "B",
-                needed,
-                share,
-            )
-            words = (call["target"], call["pass"], call["contender"])
-            row: list[Cell] = [(op, ""), (case, "wide"), *((word, "") for word in words)]
-            body.append([*row, *((figure, "n") for figure in figures)])
+        for key, by in by_target(report, op, typical_case(report, op)).items():
+            direction, contender = key
+            launches = next(iter(by.values()))["launches"]
+            row: list[Cell] = [(op, ""), (typical_case(report, op), "wide")]
+            row += [(direction, ""), (contender, ""), (str(launches), "n")]
+            row += [(_modelled(by.get(target)), "n") for target in report["targets"]]
+            body.append(row)
     return table(header, body)
+
+
+def _part(report: dict[str, Any], target: str) -> str:
+    """The name of the part that stands for a target, in short."""
+    return str(report["parts"][target]["name"]).split("-")[0]
+
+
+def _modelled(call: dict[str, Any] | None) -> str:
+    """Microseconds, and the share of the roofline where it is known."""
+    if call is None:
+        return ""
+    text = ">= " * call["guessed"] + f"{digits(call['microseconds'][1])} us"
+    share = call.get("roofline_share")
+    return f"{text}, {share:.0%}" if share else text
+
+
+def _peers(report: dict[str, Any]) -> list[str]:
+    """Ours against peers, losses as plain as wins; nothing where no peer was compiled."""
+    rows = against_peers(report)
+    missing = [f"{name}: {why}" for name, why in report.get("missing_peers", {}).items()]
+    if not rows:
+        return [listing(missing)] if missing else []
+    header: list[Cell] = [("op", ""), ("inputs", ""), ("pass", ""), ("peer", "")]
+    header += [(f"{target}, {_part(report, target)}", "n") for target in report["targets"]]
+    body: list[list[Cell]] = []
+    kinds = {"win": "n good", "loss": "n bad", "": "n"}
+    for found in rows:
+        row: list[Cell] = [(found["op"], ""), (found["case"], "wide"), (found["pass"], "")]
+        row.append((found["peer"], ""))
+        for target in report["targets"]:
+            ratio = found["ratios"].get(target)
+            row.append((f"{ratio:.2f}x" if ratio else "", kinds[verdict(ratio)]))
+        body.append(row)
+    return [
+        heading("Against peers"),
+        paragraph(in_words(rows)),
+        table(header, body),
+        listing(missing),
+    ]
 
 
 def _launches(report: dict[str, Any], ops: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from fastlm.kernels import OPS
 from .capture import as_target
 from .cases import Case, cases_of
 from .compile import Failure, compile_all
+from .fingerprint import fingerprint
 from .model import ASSUMPTIONS, model, part, roofline
 from .peers import peer_cases
 from .rules import Compiled, refusals
@@ -80,6 +81,7 @@ def _row(case: Case, arch: int, result: Compiled | Failure) -> dict[str, Any]:
         },
         "options": launch.options,
         "grid": launch.grid,
+        "fingerprint": fingerprint(launch, arch),
         "target": f"sm_{arch}",
     }
     if isinstance(result, Failure):
@@ -155,11 +157,78 @@ def _calls(
     return calls
 
 
+Job = tuple[Case, int]  # a launch, and the capability that it is compiled for
+
+
+def gather(
+    targets: Sequence[str],
+    ops: Sequence[str],
+    *,
+    sizes: str = "one",
+    dtypes: str = "one",
+) -> list[Job]:
+    """Every launch that the ops make on the targets; arguments as those of ``static_report``."""
+    return [
+        (case, as_target(target).arch)
+        for target in targets
+        for name in ops
+        for case in cases_of(
+            OPS[name], target, sizes=_sizes(name, sizes), dtypes=_dtypes(name, dtypes)
+        )
+    ]
+
+
+def gather_peers(
+    targets: Sequence[str], ops: Sequence[str], *, sizes: str, dtypes: str
+) -> tuple[list[Job], dict[str, str]]:
+    """Every launch that installed peers make for the same calls, and why others are missing."""
+    jobs: list[Job] = []
+    missing: dict[str, str] = {}
+    for target in targets:
+        for name in ops:
+            found, why = peer_cases(OPS[name], target, _sizes(name, sizes), _dtypes(name, dtypes))
+            jobs += [(case, as_target(target).arch) for case in found]
+            missing |= why
+    return jobs, missing
+
+
+def compiled_rows(
+    jobs: Sequence[Job], processes: int, only: Sequence[Job] | None = None
+) -> list[dict[str, Any]]:
+    """A row for each launch.
+
+    Args:
+        jobs: All launches that there are: what a kernel is excused from hangs on all of them.
+        processes: That compile at a time.
+        only: Those to compile; all by default.
+    """
+    chosen = jobs if only is None else only
+    grids: dict[Any, set[Any]] = {}
+    for case, _ in jobs:
+        grids.setdefault(case.launch.kernel, set()).add(case.launch.grid)
+    unique = {(case.launch.key(), arch): (case.launch, arch) for case, arch in chosen}
+    results = dict(
+        zip(
+            unique,
+            compile_all(list(unique.values()), processes=processes, modelled=True),
+            strict=True,
+        )
+    )
+    rows = []
+    for case, arch in chosen:
+        result = results[case.launch.key(), arch]
+        if isinstance(result, Compiled) and case.contender == "fused":
+            result.one_program = grids[case.launch.kernel] == {(1, 1, 1)}
+            result.main_path = case.size in OPS[case.op].bench_sizes
+        rows.append(_row(case, arch, result))
+    return rows
+
+
 def static_report(
     *,
     targets: Sequence[str] = TARGETS,
     ops: Sequence[str] | None = None,
-    sizes: str = "bench",
+    sizes: str = "one",
     dtypes: str = "one",
     processes: int = 2,
     peers: bool = False,
@@ -180,36 +249,13 @@ def static_report(
     """
     started = time.perf_counter()
     names = list(OPS) if ops is None else list(ops)
-    jobs: list[tuple[Case, int]] = []
-    works: dict[Any, tuple[int, int]] = {}
-    for target in targets:
-        arch = as_target(target).arch
-        for name in names:
-            found = cases_of(
-                OPS[name], target, sizes=_sizes(name, sizes), dtypes=_dtypes(name, dtypes)
-            )
-            works |= {(case.op, case.label): case.work for case in found}
-            if peers:
-                found += peer_cases(OPS[name], target, _sizes(name, sizes), _dtypes(name, dtypes))
-            jobs += [(case, arch) for case in found]
-    grids: dict[Any, set[Any]] = {}
-    for case, _ in jobs:
-        grids.setdefault(case.launch.kernel, set()).add(case.launch.grid)
-    unique = {(case.launch.key(), arch): (case.launch, arch) for case, arch in jobs}
-    results = dict(
-        zip(
-            unique,
-            compile_all(list(unique.values()), processes=processes, modelled=True),
-            strict=True,
-        )
-    )
-    rows = []
-    for case, arch in jobs:
-        result = results[case.launch.key(), arch]
-        if isinstance(result, Compiled) and case.contender == "fused":
-            result.one_program = grids[case.launch.kernel] == {(1, 1, 1)}
-            result.main_path = case.size in OPS[case.op].bench_sizes
-        rows.append(_row(case, arch, result))
+    jobs = gather(targets, names, sizes=sizes, dtypes=dtypes)
+    missing: dict[str, str] = {}
+    if peers:
+        theirs, missing = gather_peers(targets, names, sizes=sizes, dtypes=dtypes)
+        jobs += theirs
+    works = {(case.op, case.label): case.work for case, _ in jobs}
+    rows = compiled_rows(jobs, processes)
     return {
         "schema": 1,
         "timed": False,
@@ -218,9 +264,10 @@ def static_report(
         "command": " ".join(["fastlm", *sys.argv[1:]]),
         "targets": list(targets),
         "parts": {target: part(as_target(target).arch) for target in targets},
+        "missing_peers": missing,
         "assumptions": [*ASSUMPTIONS, *([_PEERS_ASSUME] if peers else [])],
         "seconds": round(time.perf_counter() - started, 1),
-        "distinct_kernels": len(unique),
+        "distinct_kernels": len({(case.launch.key(), arch) for case, arch in jobs}),
         "calls": _calls(rows, works),
         "rows": rows,
     }

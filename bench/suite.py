@@ -1,5 +1,8 @@
 """Times every op against its contenders on a GPU, and checks them in the same run."""
 
+import ast
+import gc
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +15,11 @@ from torch import Tensor
 from fastlm.kernels import OPS, Op
 
 from . import check
-from .contenders import Field, contenders, versions
+from .contenders import Field, contenders, note, versions
+from .sass import GPUS
 from .static import environment
-from .timing import Call, ClockState, CudaDevice, Device, clock_state, measure
+from .table import in_a_line
+from .timing import Call, ClockState, CudaDevice, Device, Timing, clock_state, measure
 
 MODES = ("forward", "backward", "full")
 _CEILING = 1.03  # of what the card was measured to do; above it the figure cannot be right
@@ -25,6 +30,7 @@ class Bench(Device, Protocol):
     """A device that also says where tensors live and how much memory a call takes."""
 
     place: torch.device
+    name: str
 
     def peak_bytes(self, call: Call) -> int:
         """The most memory that a call holds beyond what is there before it."""
@@ -32,11 +38,18 @@ class Bench(Device, Protocol):
     def clocks(self) -> ClockState:
         """What the driver says of the clocks now."""
 
+    def graphed(self, call: Call) -> Call:
+        """A call that replays what this one queues, without its host code."""
+
 
 class CudaBench(CudaDevice):
     """The current CUDA device and its memory."""
 
     place = torch.device("cuda")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = torch.cuda.get_device_name()
 
     def peak_bytes(self, call: Call) -> int:
         """The most memory that a call holds beyond what is there before it."""
@@ -50,6 +63,31 @@ class CudaBench(CudaDevice):
     def clocks(self) -> ClockState:
         """What the driver says of the clocks now."""
         return clock_state()
+
+    def graphed(self, call: Call) -> Call:
+        """A call that replays what this one queues, as a CUDA graph."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what a first call compiles or allocates is not captured
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()  # a module unloaded meanwhile would break the capture
+        try:
+            with torch.cuda.graph(graph):
+                kept = call()
+        finally:
+            if collects:
+                gc.enable()
+
+        def replay() -> Any:
+            graph.replay()
+            return kept
+
+        return replay
 
 
 @dataclass(frozen=True)
@@ -105,7 +143,7 @@ class Setting:
         return " ".join([_name(self.dtype), *(f"{k}={v}" for k, v in self.size.items())])
 
 
-def _runner(call: Callable[..., Any], inputs: check.Inputs, mode: str) -> Call:
+def runner(call: Callable[..., Any], inputs: check.Inputs, mode: str) -> Call:
     """The call to time: forward, backward of one kept graph, or both."""
     wanted = [t for t in check.tensors(inputs) if t.requires_grad]
     if mode == "forward":
@@ -132,16 +170,34 @@ def _verdict(
     try:
         exact = check.outcome(setting.op.reference, check.copies(inputs, torch.float64), backward)
         eager = check.outcome(setting.op.reference, check.copies(inputs), backward)
-        got = check.outcome(call, check.copies(inputs), backward)
+        with check.poisoned_memory():
+            got = check.outcome(call, check.copies(inputs), backward)
     except torch.OutOfMemoryError:
         return "unchecked: float64 does not fit in memory"
     return check.judge(got, eager, exact, setting.dtype)
 
 
 def time_setting(
-    setting: Setting, field: Field, device: Bench, peaks: Peaks, budget: float
+    setting: Setting,
+    field: Field,
+    device: Bench,
+    peaks: Peaks,
+    budget: float,
+    *,
+    graph: bool = False,
+    check_only: bool = False,
 ) -> list[dict[str, Any]]:
-    """A row for each contender: its times if it is right before and after, else why not."""
+    """A row for each contender: its times if it is right before and after, else why not.
+
+    Args:
+        setting: The case.
+        field: The contenders.
+        device: Where to run.
+        peaks: What it can do at best.
+        budget: Seconds of timing.
+        graph: Time replays of a CUDA graph of each call.
+        check_only: Check, and time nothing.
+    """
     torch.manual_seed(0)
     base = {
         "op": setting.op.name,
@@ -157,31 +213,38 @@ def time_setting(
     inputs = setting.op.example(setting.dtype, device.place, **setting.size)
     bytes_, flops = setting.op.work(**inputs)
     for name, call in field.calls.items():
+        missing = _not_taken(call, inputs)
+        if missing:
+            rows[name] = {**base, "contender": name, "status": "skipped", "reason": missing}
+            continue
         try:
             verdicts[name] = _verdict(setting, call, device, seed=1)
-            runner = _runner(call, check.copies(inputs), setting.mode)
-            runner()
+            if check_only:
+                checked = _verdict_fields(verdicts[name], verdicts[name])
+                rows[name] = {**base, "contender": name, **checked}
+                continue
+            run = runner(call, check.copies(inputs), setting.mode)
+            run = device.graphed(run) if graph else run
+            run()
             device.synchronize()
-            calls[name] = runner
+            calls[name] = run
+        except NotImplementedError as error:
+            reason = in_a_line(error).partition(": ")[2]
+            rows[name] = {**base, "contender": name, "status": "skipped", "reason": reason}
         except Exception as error:  # a contender that fails must not end the run
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-            rows[name] = {**base, "contender": name, "status": "failed", "reason": reason}
+            failed = {"status": "failed", "reason": in_a_line(error)}
+            rows[name] = {**base, "contender": name, **failed}
     before = device.clocks()
     timings = measure(calls, device, cold=setting.cold, budget=budget) if calls else {}
     throttled = before.throttled or device.clocks().throttled
     for name, timing in timings.items():
         after = _verdict(setting, field.calls[name], device, seed=2)
         row = {**base, "contender": name, **_verdict_fields(verdicts[name], after)}
+        row["note"] = note(setting.op, name, inputs)
         if row["status"] == "ok":
-            row |= {
-                "samples": [round(s, 10) for s in timing.samples],
-                "p20": timing.quantile(0.2),
-                "p50": timing.median,
-                "p80": timing.quantile(0.8),
-                "host": timing.host,
-                "peak_bytes": device.peak_bytes(calls[name]),
-                "flags": ["noisy"] * (timing.noise > _NOISY) + ["throttled"] * throttled,
-            }
+            row |= times_of(timing)
+            row["peak_bytes"] = device.peak_bytes(calls[name])
+            row["flags"] = noise_flags(timing, throttled)
             if setting.mode == "forward":
                 row |= _rates(bytes_, flops, timing.median, peaks.bytes, peaks.flops[row["dtype"]])
         rows[name] = row
@@ -190,6 +253,33 @@ def time_setting(
         for name, why in field.skipped.items()
     ]
     return [*rows.values(), *skipped]
+
+
+def times_of(timing: Timing) -> dict[str, Any]:
+    """The times of a row."""
+    return {
+        "samples": [round(s, 10) for s in timing.samples],
+        "p20": timing.quantile(0.2),
+        "p50": timing.median,
+        "p80": timing.quantile(0.8),
+        "host": timing.host,
+    }
+
+
+def noise_flags(timing: Timing, throttled: bool) -> list[str]:
+    """What makes a row's times doubtful."""
+    return ["noisy"] * (timing.noise > _NOISY) + ["throttled"] * throttled
+
+
+def _not_taken(call: Callable[..., Any], inputs: check.Inputs) -> str:
+    """Why a contender cannot be called with these arguments at all, or nothing."""
+    try:
+        inspect.signature(call).bind(**inputs)
+    except TypeError as error:
+        return f"it has {error}" if "unexpected" not in str(error) else f"{error}"
+    except ValueError:  # a builtin without a signature: the call will say
+        return ""
+    return ""
 
 
 def _verdict_fields(before: check.Verdict | str, after: check.Verdict | str) -> dict[str, Any]:
@@ -230,22 +320,54 @@ def _rates(
 
 
 def settings(
-    suite: str, ops: Sequence[str] | None, modes: Sequence[str], dtypes: Sequence[str]
+    suite: str,
+    ops: Sequence[str] | None,
+    modes: Sequence[str],
+    dtypes: Sequence[str],
+    *,
+    sizes: Sequence[Mapping[str, Any]] = (),
+    caches: Sequence[str] = (),
 ) -> Iterator[Setting]:
-    """The cases of a suite: ``quick`` takes one size an op, ``full`` all of them, warm as well."""
+    """The cases of a suite: ``quick`` takes one size an op, ``full`` all of them, warm as well.
+
+    Args:
+        suite: ``"quick"`` or ``"full"``.
+        ops: Names; all by default.
+        modes: Of ``MODES``.
+        dtypes: Names; an op without any of them is taken in its last one.
+        sizes: In place of the op's own.
+        caches: ``"cold"``, ``"warm"`` or both, in place of the suite's own.
+    """
+    if not caches:
+        caches = ("cold", "warm") if suite == "full" else ("cold",)
     for name in ops or OPS:
         op = OPS[name]
-        sizes = op.bench_sizes
-        if suite == "quick":
-            sizes = [sizes[len(sizes) // 2]]
-        for dtype in op.dtypes:
-            if _name(dtype) not in dtypes:
-                continue
-            for size in sizes:
+        chosen = sizes or op.bench_sizes
+        if suite == "quick" and not sizes:
+            chosen = [chosen[len(chosen) // 2]]
+        wanted = [d for d in op.dtypes if _name(d) in dtypes] or [op.dtypes[-1]]
+        for dtype in wanted:
+            for size in chosen:
                 for mode in modes:
-                    yield Setting(op, dtype, size, mode)
-                    if suite == "full":
-                        yield Setting(op, dtype, size, mode, cold=False)
+                    for cache in caches:
+                        yield Setting(op, dtype, size, mode, cache == "cold")
+
+
+def parse_size(text: str) -> dict[str, Any]:
+    """A size from ``M=8192,N=4096``.
+
+    Raises:
+        ValueError: Not of that form.
+    """
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        found = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+        if call.args or not found or len(found) < len(call.keywords):
+            raise ValueError("no names")
+    except (SyntaxError, ValueError):
+        raise ValueError(f"bench: --size must be like M=8192,N=4096; got {text!r}") from None
+    return found
 
 
 def run_suite(
@@ -255,6 +377,8 @@ def run_suite(
     wanted: list[str] | None = None,
     budget: float = 120.0,
     progress: Callable[[str], None] = lambda line: None,
+    graph: bool = False,
+    check_only: bool = False,
 ) -> dict[str, Any]:
     """Times the cases, and gives a report ready for JSON.
 
@@ -264,9 +388,11 @@ def run_suite(
         wanted: Contenders beside ``fused`` and ``eager``; all by default.
         budget: Seconds for all of the timing.
         progress: Told of each case before it runs.
+        graph: Time replays of CUDA graphs.
+        check_only: Check, and time nothing.
     """
     started = time.perf_counter()
-    peaks = measured_peaks(device)
+    peaks = Peaks(0.0, {}) if check_only else measured_peaks(device)
     rows: list[dict[str, Any]] = []
     fields: dict[str, Field] = {}
     for n, setting in enumerate(cases, 1):
@@ -274,11 +400,33 @@ def run_suite(
         if setting.op.name not in fields:
             fields[setting.op.name] = contenders(setting.op, wanted)
         share = budget / len(cases)
-        rows += time_setting(setting, fields[setting.op.name], device, peaks, share)
+        rows += time_setting(
+            setting,
+            fields[setting.op.name],
+            device,
+            peaks,
+            share,
+            graph=graph,
+            check_only=check_only,
+        )
+    report = timed_report(device, peaks, rows, started)
+    report["graph"] = graph
+    return report
+
+
+def timed_report(
+    device: Bench, peaks: Peaks, rows: list[dict[str, Any]], started: float
+) -> dict[str, Any]:
+    """Rows beside what they were measured on, ready for JSON."""
     return {
         "schema": 1,
         "timed": True,
-        "environment": {**environment(), **_hardware(), "contenders": versions()},
+        "environment": {
+            **environment(),
+            **_hardware(),
+            "gpu": device.name,
+            "contenders": versions(),
+        },
         "command": " ".join(["fastlm", *sys.argv[1:]]),
         "peaks": {"bytes": peaks.bytes, "flops": dict(peaks.flops)},
         "seconds": round(time.perf_counter() - started, 1),
@@ -300,7 +448,17 @@ def _hardware() -> dict[str, Any]:
         "driver": _driver(),
         "megahertz": state.most_megahertz,
         "sdpa_default": sdpa_default(),
+        "datasheet": _datasheet(10 * properties.major + properties.minor),
     }
+
+
+def _datasheet(capability: int) -> str | None:
+    """Peaks of a usual part of this capability, as its maker gives them."""
+    gpu = GPUS.get(capability)
+    if gpu is None:
+        return None
+    half = 2 * gpu.tensor["f16"] * gpu.multiprocessors * gpu.megahertz / 1e6
+    return f"{gpu.name}: {gpu.dram_gbs} GB/s, {half:.0f} TFLOP/s in half precision"
 
 
 def _driver() -> str | None:
@@ -318,12 +476,20 @@ def sdpa_default() -> str:
     return ", ".join(SDPBackend(int(i)).name.lower() for i in order)
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Wins and losses against eager, and the geometric mean of the ratios, losses included."""
-    ratios = {}
-    for key, times in by_case(rows).items():
-        if "fused" in times and "eager" in times:
-            ratios[key] = times["eager"] / times["fused"]
+def speed_ups(
+    rows: Sequence[dict[str, Any]], baseline: str = "eager"
+) -> dict[tuple[str, ...], float]:
+    """The baseline's time over ours, of each case that has both."""
+    return {
+        key: times[baseline] / times["fused"]
+        for key, times in by_case(rows).items()
+        if "fused" in times and baseline in times
+    }
+
+
+def summary(rows: Sequence[dict[str, Any]], baseline: str = "eager") -> dict[str, Any]:
+    """Wins and losses against a baseline, and the geometric mean of all ratios."""
+    ratios = speed_ups(rows, baseline)
     product = 1.0
     for ratio in ratios.values():
         product *= ratio

@@ -18,6 +18,11 @@ def human(value: float) -> str:
     return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}"
 
 
+def in_a_line(error: BaseException) -> str:
+    """An error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
 def columns(body: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Rows as lines of aligned columns, those in ``right`` set to the right."""
     widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
@@ -139,6 +144,7 @@ def timed_table(report: dict[str, Any]) -> str:
     from .suite import by_case, summary
 
     medians = by_case(report["rows"])
+    baseline = report.get("baseline", "eager")
     lines = []
     header = (
         "contender",
@@ -159,36 +165,47 @@ def timed_table(report: dict[str, Any]) -> str:
         key = tuple(row[k] for k in ("op", "case", "mode", "cache"))
         groups.setdefault(key, []).append(row)
     for key, rows in groups.items():
-        eager = medians.get(key, {}).get("eager")
-        body = [header, *(_timed_cells(row, eager) for row in rows)]
+        against = medians.get(key, {}).get(baseline)
+        body = [header, *(_timed_cells(row, against) for row in rows)]
         lines += ["", "  ".join(key), *columns(body, right=range(1, 11))]
-    total = summary(report["rows"])
+    total = summary(report["rows"], baseline)
     env = report["environment"]
     if total["cases"]:
         lines += [
             "",
-            f"Against eager: {total['wins']} faster, {total['losses']} slower of "
+            f"Against {baseline}: {total['wins']} faster, {total['losses']} slower of "
             f"{total['cases']} cases; geometric mean {total['geometric_mean']:.2f}x.",
         ]
     lines.append(
         f"{env.get('gpu')}, driver {env.get('driver')}, torch {env['torch']}, "
         f"triton {env['triton']}, fastlm {env['fastlm']} ({env['commit']})"
     )
+    if env.get("contenders"):
+        named = ", ".join(f"{name} {version}" for name, version in env["contenders"].items())
+        lines.append(f"Peers: {named}")
     peak = report["peaks"]
     rates = ", ".join(f"{name} {human(rate)}FLOP/s" for name, rate in peak["flops"].items())
-    lines.append(f"Measured here: copy {human(peak['bytes'])}B/s, {rates}")
+    if peak["flops"]:
+        lines.append(f"Measured here: copy {human(peak['bytes'])}B/s, {rates}")
+    if env.get("datasheet"):
+        lines.append(f"By its maker: {env['datasheet']}")
     if env.get("sdpa_default"):
         lines.append(f"PyTorch's attention tries in order: {env['sdpa_default']}")
     return "\n".join(lines)
 
 
-def _timed_cells(row: dict[str, Any], eager: float | None) -> tuple[str, ...]:
-    if "p50" not in row or row["status"] != "ok":
+def _timed_cells(row: dict[str, Any], against: float | None) -> tuple[str, ...]:
+    if row["status"] != "ok":
         return (row["contender"], *[""] * 10, f"{row['status']}: {row['reason']}")
-    rates = ("", "", "")
-    if "roofline" in row:
-        rates = (f"{row['gbs']:.0f}", f"{row['tflops']:.1f}", f"{row['roofline']:.0%}")
     errors = tuple("" if row[k] is None else f"{row[k]:.1e}" for k in ("error", "error_eager"))
+    words = (*("~" + flag for flag in row.get("flags", ())), row.get("note", ""), row["reason"])
+    said = " ".join(filter(None, words))
+    if "p50" not in row:  # checked only
+        return (row["contender"], *[""] * 8, *errors, f"right {said}".strip())
+    rates = tuple(
+        "" if row.get(k) is None else form.format(row[k])
+        for k, form in (("gbs", "{:.0f}"), ("tflops", "{:.1f}"), ("roofline", "{:.0%}"))
+    )
     return (
         row["contender"],
         digits(row["p50"] * 1e6),
@@ -196,7 +213,7 @@ def _timed_cells(row: dict[str, Any], eager: float | None) -> tuple[str, ...]:
         digits(row["host"] * 1e6),
         *rates,
         f"{row['peak_bytes'] / 2**20:.0f}",
-        f"{eager / row['p50']:.2f}x" if eager else "",
+        f"{against / row['p50']:.2f}x" if against else "",
         *errors,
-        " ".join(["~" + flag for flag in row["flags"]] + [row["reason"]]).strip(),
+        said,
     )

@@ -14,8 +14,9 @@ Rows = Sequence[dict[str, Any]]
 def timed_html(report: dict[str, Any]) -> str:
     """The page of a timed report."""
     env = report["environment"]
-    total = summary(report["rows"])
     rows = report["rows"]
+    baseline = report.get("baseline", "eager")
+    total = summary(rows, baseline)
     wrong = [row for row in rows if row["status"] in ("wrong", "invalid", "failed")]
     mean = f"{total['geometric_mean']:.2f}x" if total["geometric_mean"] else "-"
     body = [
@@ -26,9 +27,9 @@ def timed_html(report: dict[str, Any]) -> str:
         ),
         tiles(
             [
-                (mean, "geometric mean of speed-ups over eager, losses included"),
-                (str(total["wins"]), "cases faster than eager"),
-                (str(total["losses"]), "cases slower than eager"),
+                (mean, f"geometric mean of speed-ups over {baseline}, losses included"),
+                (str(total["wins"]), f"cases faster than {baseline}"),
+                (str(total["losses"]), f"cases slower than {baseline}"),
                 (str(len(wrong)), "contenders wrong, invalid or failed"),
                 (f"{human(report['peaks']['bytes'])}B/s", "copy bandwidth measured here"),
             ]
@@ -37,9 +38,9 @@ def timed_html(report: dict[str, Any]) -> str:
         _losses(rows),
     ]
     for op in dict.fromkeys(row["op"] for row in rows):
-        body += _op_section(rows, op)
+        body += _op_section(rows, op, baseline)
     body += [heading("Every case"), *_all_rows(rows), *_environment(report)]
-    return page("fastlm: timed kernel report", body)
+    return page("fastlm: timed kernel report", body, data=report)
 
 
 def _losses(rows: Rows) -> str:
@@ -63,29 +64,29 @@ def _losses(rows: Rows) -> str:
     return table(header, body)
 
 
-def _op_section(rows: Rows, op: str) -> list[str]:
+def _op_section(rows: Rows, op: str, baseline: str) -> list[str]:
     mine = [row for row in rows if row["op"] == op and row["status"] == "ok" and "p50" in row]
     if not mine:
         return []
     names = list(dict.fromkeys(row["contender"] for row in mine))
-    colours = [f"s{i % 6}" for i in range(len(names))]
     boxes = []
     for mode in dict.fromkeys(row["mode"] for row in mine):
-        chosen = [row for row in mine if row["mode"] == mode and row["cache"] == "cold"]
-        if chosen:
-            boxes += _mode_boxes(chosen, op, mode, names)
-    return [heading(op), legend(names[: len(colours)]), cards(boxes)] if boxes else []
+        chosen = [row for row in mine if row["mode"] == mode]
+        caches = {row["cache"] for row in chosen}
+        chosen = [row for row in chosen if row["cache"] == ("cold" if "cold" in caches else "warm")]
+        boxes += _mode_boxes(chosen, op, mode, names, baseline)
+    return [heading(op), legend(names), cards(boxes)] if boxes else []
 
 
-def _mode_boxes(rows: Rows, op: str, mode: str, names: Sequence[str]) -> list[str]:
+def _mode_boxes(rows: Rows, op: str, mode: str, names: Sequence[str], baseline: str) -> list[str]:
     cases = list(dict.fromkeys(row["case"] for row in rows))
     median = {(row["case"], row["contender"]): row["p50"] for row in rows}
     speeds = []
     for case in cases:
-        eager = median.get((case, "eager"))
-        if eager:
+        against = median.get((case, baseline))
+        if against:
             members = [
-                (name, eager / median[case, name], f"{eager / median[case, name]:.2f}x")
+                (name, against / median[case, name], f"{against / median[case, name]:.2f}x")
                 for name in names
                 if (case, name) in median
             ]
@@ -94,9 +95,10 @@ def _mode_boxes(rows: Rows, op: str, mode: str, names: Sequence[str]) -> list[st
     if speeds:
         limit = max(value for _, members in speeds for _, value, _ in members)
         chart = bars(
-            f"{op} {mode}: speed-up over eager", speeds, limit=limit, colours=names, mark=1.0
+            f"{op} {mode}: speed-up over {baseline}", speeds, limit=limit, colours=names, mark=1.0
         )
-        boxes.append(card(f"Speed-up over eager, {mode}", "Dashed: eager itself.", chart))
+        note = f"Dashed: {baseline} itself."
+        boxes.append(card(f"Speed-up over {baseline}, {mode}", note, chart))
     series = []
     for name in names:
         points = [
@@ -117,6 +119,21 @@ def _mode_boxes(rows: Rows, op: str, mode: str, names: Sequence[str]) -> list[st
             unit=" us",
         )
         boxes.append(card(f"Time over sizes, {mode}", "", chart))
+    last = [row for row in rows if row["case"] == cases[-1]]
+    series = [
+        (row["contender"], [(float(n), s * 1e6) for n, s in enumerate(row["samples"])])
+        for row in last
+        if len(row["samples"]) > 1
+    ]
+    if series:
+        chart = lines(
+            f"{op} {mode}: samples",
+            series,
+            x_label="sample, in the order taken",
+            y_label="microseconds",
+        )
+        note = f"{cases[-1]}. Drift and noise show here; the page holds the samples of every case."
+        boxes.append(card(f"Every sample, {mode}", note, chart))
     for key, title, limit, words in (
         ("roofline", "Share of the roofline measured here", 1.0, lambda v: f"{v:.0%}"),
         ("peak_bytes", "Peak memory", None, lambda v: f"{v / 2**20:.0f} MiB"),
@@ -147,7 +164,9 @@ def _all_rows(rows: Rows) -> list[str]:
         errors = [
             f"{row[k]:.1e}" if row.get(k) is not None else "" for k in ("error", "error_eager")
         ]
-        words = " ".join([row["status"], *row.get("flags", ()), row.get("reason") or ""]).strip()
+        words = " ".join(
+            [row["status"], *row.get("flags", ()), row.get("note", ""), row.get("reason") or ""]
+        ).strip()
         status: Cell = (words, "wide" if row["status"] in ("ok", "skipped") else "bad")
         body.append([*first, *((t, "n") for t in (*times, count, *errors)), status])
     keys = [{k: row[k] for k in ("op", "mode", "contender")} for row in rows]

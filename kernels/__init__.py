@@ -7,11 +7,12 @@ from . import bias_gelu as _bias_gelu
 from . import cross_entropy as _cross_entropy
 from . import dropout as _dropout
 from . import embedding as _embedding
+from . import fp8_linear as _fp8_linear
 from . import glu as _glu
+from . import group_norm as _group_norm
 from . import int4_linear as _int4_linear
 from . import int8_linear as _int8_linear
 from . import layer_norm as _layer_norm
-from . import linear_cross_entropy as _linear_cross_entropy
 from . import rms_norm as _rms_norm
 from . import rotary as _rotary
 from . import sampling as _sampling
@@ -38,11 +39,14 @@ from .bias_gelu import bias_gelu
 from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .dropout import Dropout, dropout
 from .embedding import Embedding, embedding
+from .fp8_linear import dequantize_fp8, fp8_linear, quantize_fp8
 from .glu import geglu, swiglu
+from .group_norm import GroupNorm, group_norm
 from .int4_linear import Int4Linear, dequantize_int4, int4_linear, quantize_int4
 from .int8_linear import Int8Linear, dequantize_int8, int8_linear, quantize_int8
 from .layer_norm import LayerNorm, layer_norm
 from .linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+from .linear_cross_entropy import loss as _linear_cross_entropy
 from .patch import PatchReport, patch
 from .rms_norm import RMSNorm, rms_norm
 from .rotary import rotary_embedding
@@ -61,6 +65,7 @@ OPS = {
         _sdpa.OP,
         _layer_norm.OP,
         _rms_norm.OP,
+        _group_norm.OP,
         *_add_norm.OPS,
         *_softmax.OPS,
         _cross_entropy.OP,
@@ -73,6 +78,7 @@ OPS = {
         _embedding.OP,
         _int8_linear.OP,
         _int4_linear.OP,
+        *_fp8_linear.OPS,
         _sampling.OP,
         _adam_step.OP,
     )
@@ -86,6 +92,7 @@ __all__ = [
     "CrossEntropyLoss",
     "Dropout",
     "Embedding",
+    "GroupNorm",
     "Int4Linear",
     "Int8Linear",
     "LayerNorm",
@@ -99,6 +106,7 @@ __all__ = [
     "backend",
     "bias_gelu",
     "cross_entropy",
+    "dequantize_fp8",
     "dequantize_int4",
     "dequantize_int8",
     "dropout",
@@ -107,8 +115,10 @@ __all__ = [
     "flash_attention",
     "flash_attention_decode",
     "flash_attention_varlen",
+    "fp8_linear",
     "geglu",
     "gelu",
+    "group_norm",
     "int4_linear",
     "int8_linear",
     "layer_norm",
@@ -116,6 +126,7 @@ __all__ = [
     "log_softmax",
     "merge_attention",
     "patch",
+    "quantize_fp8",
     "quantize_int4",
     "quantize_int8",
     "register",

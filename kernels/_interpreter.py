@@ -193,7 +193,7 @@ def _mend_casts() -> None:
 
 
 def _mend_products(emulate_tf32: bool) -> None:
-    """tl.dot of half-precision inputs: exact products, summed in float32."""
+    """tl.dot: exact products, summed in float32, or of float32 in float64 and rounded once."""
     stock_dot = _Builder.create_dot
 
     def as_f32(handle):
@@ -208,7 +208,11 @@ def _mend_products(emulate_tf32: bool) -> None:
         tf32 = interpreter._ir.INPUT_PRECISION.TF32
         if emulate_tf32 and a.dtype.scalar == tl.float32 and precision == tf32:
             x, y = to_tf32(x), to_tf32(y)
-        out = np.matmul(x, y) + _up(d).data.astype(np.float32, copy=False)
+        if a.dtype.scalar == tl.float32:
+            # a BLAS sums in an order that hangs on the shape and on the CPU; tensor cores do not
+            x, y = x.astype(np.float64), y.astype(np.float64)
+        product = np.matmul(x, y).astype(np.float32, copy=False)
+        out = product + _up(d).data.astype(np.float32, copy=False)
         if _is_bf16(d):
             return _Handle(f32_to_bf16(out), tl.bfloat16)
         return _Handle(out.astype(d.data.dtype, copy=False), d.dtype.scalar)

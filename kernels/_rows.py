@@ -7,10 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tuned import tunable
+
 WIDE = 16384  # columns past which a forward row is read in blocks; unmeasured
 WIDE_BACKWARD = 8192  # the same of the backward, which keeps five rows in registers; unmeasured
 
 
+@tunable("BLOCK_M", "num_warps")
 def row_tile(N: int) -> dict[str, int]:
     """Whole rows of N <= WIDE columns: narrow ones share a program; about 16 elements a thread.
 
@@ -33,10 +36,20 @@ def backward_tile(N: int) -> tuple[dict[str, int], int]:
     68 us for a row at a time (11 us is the least that memory allows); for 8192 x 4096 it is 72 us
     against 98 us (60 us).
     """
+    tile = _backward_tile(N)
+    return tile, tile.pop("per_multiprocessor")
+
+
+@tunable("BLOCK_M", "num_warps", "per_multiprocessor")
+def _backward_tile(N: int) -> dict[str, int]:
     block_n = triton.next_power_of_2(N)
     elements, warps, per_multiprocessor = (4096, 8, 2) if block_n <= 1024 else (8192, 16, 1)
-    block_m = min(max(1, elements // block_n), 64)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}, per_multiprocessor
+    return {
+        "BLOCK_M": min(max(1, elements // block_n), 64),
+        "BLOCK_N": block_n,
+        "num_warps": warps,
+        "per_multiprocessor": per_multiprocessor,
+    }
 
 
 @triton.jit

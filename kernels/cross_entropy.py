@@ -803,10 +803,10 @@ OP = Op(
     example=_example,
     sizes=(
         {"M": 1, "V": 1},
-        {"M": 5, "V": 1003, "weighted": True, "label_smoothing": 0.1},
-        {"M": 3, "V": 5000, "softcap": 2.0, "z_loss": 1e-2, "return_lse": True},
+        {"M": 4, "V": 1003, "weighted": True, "label_smoothing": 0.1},
+        {"M": 2, "V": 2600, "softcap": 2.0, "z_loss": 1e-2, "return_lse": True},
         {"M": 2, "V": 523, "probabilities": True, "weighted": True, "reduction": "none"},
-        {"M": 2, "V": 9008, "reduction": "sum"},
+        {"M": 2, "V": 520, "reduction": "sum"},
     ),
     bench_sizes=(
         {"M": 8192, "V": 32000},

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .activations import gelu, relu_squared
 from .embedding import Embedding
 from .glu import geglu, swiglu
+from .group_norm import GroupNorm
 from .layer_norm import LayerNorm
 from .rms_norm import rms_norm
 
@@ -149,7 +150,7 @@ def _only(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _rows(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Rows far from 0, down to such that eps counts."""
-    x = 1 + torch.randn(2, 3, *shape, generator=generator)
+    x = 1 + torch.randn(3, *shape, generator=generator)
     return x * torch.tensor([1.0, 1e-1, 2e-3]).view(3, *[1] * len(shape))
 
 
@@ -171,17 +172,21 @@ def _rms_norm(eps_name: str, weight_offset: float) -> Forward:
     return forward
 
 
+_NORMS: Mapping[type[nn.Module], _Candidate] = {
+    nn.LayerNorm: _Candidate("layer_norm", LayerNorm.forward),
+    nn.RMSNorm: _Candidate("rms_norm", _torch_rms_norm),
+    nn.GroupNorm: _Candidate("group_norm", GroupNorm.forward),
+}
+
+
 def _norm(module: nn.Module) -> _Kind | str | None:
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        base = nn.LayerNorm if isinstance(module, nn.LayerNorm) else nn.RMSNorm
+    base = next((kind for kind in _NORMS if isinstance(module, kind)), None)
+    if base is not None:
         if type(module).forward is not base.forward:
             return "its class has a forward of its own"
-        candidates = [
-            _Candidate("layer_norm", LayerNorm.forward)
-            if base is nn.LayerNorm
-            else _Candidate("rms_norm", _torch_rms_norm)
-        ]
-        shape: Sequence[int] = module.normalized_shape
+        candidates = [_NORMS[base]]
+        groups: Any = module
+        shape = (groups.num_channels, 2) if base is nn.GroupNorm else groups.normalized_shape
     else:
         weight = getattr(module, "weight", None)
         if not type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")) or weight is None:
@@ -412,7 +417,7 @@ def patch(
     Args:
         model: Any module; it keeps its parameters, hooks and state_dict. Patch before
             ``torch.compile``.
-        norm: ``nn.LayerNorm``, ``nn.RMSNorm`` and classes named ...RMSNorm.
+        norm: ``nn.LayerNorm``, ``nn.RMSNorm``, ``nn.GroupNorm`` and classes named ...RMSNorm.
         mlp: Modules with gate_proj, up_proj and down_proj, or gate_up_proj and down_proj: the unit
             between their projections.
         activation: ``nn.GELU`` and classes named ...GELU... or ReLUSquared...

@@ -7,7 +7,6 @@ processes can read what any other number wrote), and the rest in ``state.json``.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -28,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from . import hf
-from .atomic import sync
+from .atomic import sha256, sync
 from .config import read_json
 from .parallel import World, inner
 
@@ -71,7 +70,7 @@ def write(
         hf.save(inner(model), part, weights)
         (part / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
         files = sorted(p for p in part.rglob("*") if p.is_file())
-        sums = {p.relative_to(part).as_posix(): _digest(p) for p in files}
+        sums = {p.relative_to(part).as_posix(): sha256(p) for p in files}
         (part / _SUMS).write_text(json.dumps(sums, indent=1))
         for path in (*part.rglob("*"), part):
             sync(path)
@@ -143,7 +142,7 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing")
-        if _digest(path) != digest:
+        if sha256(path) != digest:
             raise ValueError(f"{path} is not what was saved: its checksum differs")
 
 
@@ -164,11 +163,3 @@ def _alone(world: World) -> Iterator[bool]:
         if world.size == 1:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield world.size == 1
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .atomic import sha256
+from .config import read_json
+
 STDLIB = "stdlib"
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -30,6 +33,7 @@ class Corpus:
         vocab_size: Every token is below it.
         bytes_per_token: Of the text, on average.
         digest: Of both parts, in hexadecimal: another text has another.
+        folder: Of files of tokens: ``load_tokenizer`` opens it. None: tokens are bytes.
     """
 
     name: str
@@ -38,23 +42,28 @@ class Corpus:
     vocab_size: int
     bytes_per_token: float
     digest: str
+    folder: Path | None = None
 
 
 def load(source: str, block_size: int) -> Corpus:
-    """The text of ``"stdlib"``, or of a file or a folder of UTF-8 text, as bytes.
+    """The text of ``"stdlib"``, or of a file or a folder of UTF-8 text, as bytes; or tokens.
 
-    Every tenth file is held out; of fewer than ten files, the last tenth of all.
+    Every tenth file is held out; of fewer than ten files, the last tenth of all. A folder that
+    ``fastlm tokenize`` wrote is mapped into memory as it is.
 
     Raises:
         ValueError: No such place, no text there, or not enough for one sequence.
     """
-    files = stdlib_files() if source == STDLIB else text_files(Path(source))
-    corpus = corpus_of_bytes(source, [f.read_bytes() for f in files])
+    if source != STDLIB and is_token_folder(Path(source)):
+        corpus = open_tokens(source)
+    else:
+        files = stdlib_files() if source == STDLIB else text_files(Path(source))
+        corpus = corpus_of_bytes(source, [f.read_bytes() for f in files])
     for part in ("train", "val"):
         n = len(getattr(corpus, part))
         if n <= block_size:
             raise ValueError(
-                f"data: {source} must hold more than {block_size} bytes to train on and to "
+                f"data: {source} must hold more than {block_size} tokens to train on and to "
                 f"hold out, one sequence each; got {n} in {part}"
             )
     return corpus
@@ -114,6 +123,57 @@ def _is_text(path: Path) -> bool:
     except UnicodeDecodeError:
         return False
     return bool(data.strip()) and b"\0" not in data
+
+
+# --- files of tokens ----------------------------------------------------------------------------
+
+FORMAT = "fastlm tokens 1"
+INDEX = "index.json"
+
+
+def is_token_folder(folder: Path) -> bool:
+    """Whether a folder holds tokens and not text."""
+    return (folder / INDEX).is_file() and (folder / "train.bin").is_file()
+
+
+def open_tokens(folder: str | Path, *, verify: bool = False) -> Corpus:
+    """Maps a folder of tokens.
+
+    Args:
+        folder: What ``fastlm tokenize`` wrote.
+        verify: Read all of it and compare the checksums.
+
+    Raises:
+        ValueError: A file is missing, damaged, or of another format.
+    """
+    folder = Path(folder)
+    index = read_json(folder / INDEX)
+    if index.get("format") != FORMAT:
+        raise ValueError(f"{folder / INDEX} must be {FORMAT!r}; got {index.get('format')!r}")
+    try:
+        parts = [
+            _mapped(folder / f"{name}.bin", index["dtype"], index[name], verify)
+            for name in ("train", "val")
+        ]
+        sums = index["train"]["sha256"] + index["val"]["sha256"]
+        digest = hashlib.sha256(sums.encode()).hexdigest()[:16]
+        size, density = index["vocab_size"], index["bytes_per_token"]
+        return Corpus(str(folder), parts[0], parts[1], size, density, digest, folder)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / INDEX} is damaged; {error!r} is not as it must be") from None
+
+
+def _mapped(path: Path, dtype: str, facts: dict, verify: bool) -> np.ndarray:
+    if dtype not in ("<u2", "<u4"):
+        raise ValueError(f"{path}: dtype must be '<u2' or '<u4'; got {dtype!r}")
+    want = facts["tokens"] * np.dtype(dtype).itemsize
+    size = path.stat().st_size if path.is_file() else -1
+    if size != want:
+        got = "no such file" if size < 0 else f"{size}"
+        raise ValueError(f"{path} must be {want} bytes by {INDEX}; got {got}")
+    if verify and sha256(path) != facts["sha256"]:
+        raise ValueError(f"{path} is not what was written; its checksum differs")
+    return np.memmap(path, dtype, "r") if want else np.empty(0, dtype)
 
 
 # --- batches ------------------------------------------------------------------------------------

@@ -10,94 +10,16 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from .atomic import replacing
-from .config import read_json
-from .data import STDLIB, stdlib_files, text_files
+from .data import FORMAT, INDEX, STDLIB, open_tokens, stdlib_files, text_files
 from .tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = "fastlm tokens 1"
-INDEX = "index.json"
 _PIECE = 2**18  # characters encoded at a time: progress is seen, and memory stays small
-
-
-@dataclass(frozen=True)
-class TokenFolder:
-    """Tokens of a folder that ``fastlm tokenize`` wrote.
-
-    Attributes:
-        train: (n,) uint16 or uint32, mapped from the file.
-        val: The same.
-        vocab_size: Every token is below it.
-        bytes_per_token: Of the text, on average.
-        digest: Of both files, in hexadecimal.
-        folder: Where they are; ``load_tokenizer`` opens it.
-    """
-
-    train: np.ndarray
-    val: np.ndarray
-    vocab_size: int
-    bytes_per_token: float
-    digest: str
-    folder: Path
-
-
-def is_token_folder(folder: Path) -> bool:
-    """Whether a folder holds tokens and not text."""
-    return (folder / INDEX).is_file() and (folder / "train.bin").is_file()
-
-
-def open_tokens(folder: str | Path, *, verify: bool = False) -> TokenFolder:
-    """Maps a folder of tokens.
-
-    Args:
-        folder: What ``fastlm tokenize`` wrote.
-        verify: Read all of it and compare the checksums.
-
-    Raises:
-        ValueError: A file is missing, damaged, or of another format.
-    """
-    folder = Path(folder)
-    index = read_json(folder / INDEX)
-    if index.get("format") != FORMAT:
-        raise ValueError(f"{folder / INDEX} must be {FORMAT!r}; got {index.get('format')!r}")
-    parts = {}
-    try:
-        for name in ("train", "val"):
-            parts[name] = _mapped(folder / f"{name}.bin", index["dtype"], index[name], verify)
-        digest = hashlib.sha256("".join(index[n]["sha256"] for n in parts).encode()).hexdigest()
-        return TokenFolder(
-            parts["train"], parts["val"], index["vocab_size"], index["bytes_per_token"],
-            digest[:16], folder,
-        )  # fmt: skip
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / INDEX} is damaged; {error!r} is not as it must be") from None
-
-
-def _mapped(path: Path, dtype: str, facts: dict, verify: bool) -> np.ndarray:
-    if dtype not in ("<u2", "<u4"):
-        raise ValueError(f"{path}: dtype must be '<u2' or '<u4'; got {dtype!r}")
-    want = facts["tokens"] * np.dtype(dtype).itemsize
-    size = path.stat().st_size if path.is_file() else -1
-    if size != want:
-        got = "no such file" if size < 0 else f"{size}"
-        raise ValueError(f"{path} must be {want} bytes by {INDEX}; got {got}")
-    if verify and _sha256(path) != facts["sha256"]:
-        raise ValueError(f"{path} is not what was written; its checksum differs")
-    return np.memmap(path, dtype, "r") if want else np.empty(0, dtype)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def tokenize(files: list[Path], tokenizer: Tokenizer, out: Path, progress: "Progress") -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .atomic import replacing
@@ -103,30 +105,11 @@ class ByteTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Writes a tokenizer.json: pairs of bytes of which none is merged."""
-        letters = _byte_letters()
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         level["use_regex"] = False
-        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        data = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [
-                {"id": i, "content": text, **plain, "special": True}
-                for text, i in self.specials.items()
-            ],
-            "normalizer": None,
-            "pre_tokenizer": level,
-            "post_processor": None,
-            "decoder": level,
-            "model": {
-                "type": "BPE",
-                "vocab": {letter: i for i, letter in enumerate(letters)},
-                "merges": [],
-            },
-        }
-        _write_json(Path(folder) / FILE, data)
-        _write_config(Path(folder), next(iter(self.specials), None))
+        vocabulary = {letter: i for i, letter in enumerate(byte_letters())}
+        model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+        write_tokenizer(Path(folder), level, level, model, self.specials)
 
 
 class _ByteStream:
@@ -259,6 +242,11 @@ def _from_json(path: Path) -> Tokenizer:
     specials = _byte_specials(data)
     if specials is not None:
         return ByteTokenizer(specials)
+    from .byte_pairs import BytePairTokenizer  # which builds on this module
+
+    pairs = BytePairTokenizer.from_json(data)
+    if pairs is not None:
+        return pairs
     package = library(path)
     try:
         inner = package.Tokenizer.from_file(str(path))
@@ -283,7 +271,7 @@ def _from_gpt2(vocabulary: Path, merges: Path) -> Tokenizer:
             pairs.append(pair)
     if not numbers:
         raise ValueError(f"{vocabulary}: the vocabulary must not be empty; got 0 tokens")
-    missing = [letter for letter in _byte_letters() if letter not in numbers]
+    missing = [letter for letter in byte_letters() if letter not in numbers]
     if missing:
         raise ValueError(f"{vocabulary} must hold all 256 bytes; it lacks {missing[0]!r}")
     inner = package.Tokenizer(package.models.BPE(numbers, pairs))
@@ -327,19 +315,46 @@ def _byte_specials(data: dict[str, Any]) -> list[str] | None:
     model = data.get("model")
     if not isinstance(model, dict) or model.get("merges") != []:
         return None
-    if model.get("vocab") != {letter: i for i, letter in enumerate(_byte_letters())}:
+    if model.get("vocab") != {letter: i for i, letter in enumerate(byte_letters())}:
         return None
     added = data.get("added_tokens") or []
     numbers = [token["id"] for token in added]
     return [t["content"] for t in added] if numbers == [*range(256, 256 + len(added))] else None
 
 
-def _byte_letters() -> list[str]:
+@functools.cache
+def byte_letters() -> list[str]:
     """The printable letter that GPT-2 writes for each byte: itself, or one from U+0100 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = (byte for byte in range(256) if byte not in printable)
     stand_ins = {byte: 256 + i for i, byte in enumerate(others)}
     return [chr(stand_ins.get(byte, byte)) for byte in range(256)]
+
+
+def write_tokenizer(
+    folder: Path,
+    pre_tokenizer: dict[str, Any],
+    decoder: dict[str, Any],
+    model: dict[str, Any],
+    specials: Mapping[str, int] = MappingProxyType({}),
+) -> None:
+    """Writes a tokenizer.json and the tokenizer_config.json beside it."""
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    data = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": text, **plain, "special": True} for text, i in specials.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+    _write_json(folder / FILE, data)
+    _write_config(folder, next(iter(specials), None))
 
 
 def _write_config(folder: Path, end: str | None, chat_template: str | None = None) -> None:

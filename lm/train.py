@@ -18,13 +18,16 @@ from .model import GPT
 from .options import add_options, from_fields, given, option
 from .parallel import World, world
 from .run import Record, Run
+from .tokenizer import ByteTokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
 class TrainConfig(FitConfig):
     """How and on what a model is pre-trained."""
 
-    data: str = option(data.STDLIB, "a file or a folder of text, or stdlib: Python's own sources")
+    data: str = option(
+        data.STDLIB, "text, a file or a folder; a folder of tokens; or stdlib: Python's own sources"
+    )
     preset: str = option("tiny", f"the model: {', '.join(PRESETS)}")
     n_layer: int | None = option(None, "blocks")
     n_head: int | None = option(None, "attention heads")
@@ -135,6 +138,8 @@ def train(config: TrainConfig, out: Path, *, world: World, resume: bool = False)
         loop.restore(folder, facts)
         run.forget_after(loop.step)
     if world.main:
+        tokenizer = ByteTokenizer() if corpus.folder is None else load_tokenizer(corpus.folder)
+        tokenizer.save(out)
         print(
             f"{model.num_params():,} parameters, {config.ops} ops on {world.device}; "
             f"{len(corpus.train):,} tokens of {corpus.name} to train on, {len(corpus.val):,} "

@@ -64,6 +64,12 @@ def test_dropout_of_narrow_and_of_wide_rows(op):
 
 
 @pytest.mark.usefixtures("kernels")
+@BOTH
+def test_a_row_wider_than_65536(op):
+    check(op, inputs(op, 1, 65536 + 3, torch.bfloat16))
+
+
+@pytest.mark.usefixtures("kernels")
 def test_dropout_of_everything_leaves_the_residual():
     found = inputs(LAYER, 3, 20, dropout_p=1.0, seed=1)
     y, new = add_layer_norm(**found)

@@ -65,6 +65,17 @@ def test_head_dimensions(D):
     check(OP, inputs(S_q=19, S_k=35, D=D, causal=True, dtype=torch.float16))
 
 
+@pytest.mark.parametrize(("D", "D_v"), [(300, 300), (512, 24)])
+def test_wide_heads_have_a_forward_in_half_precision(D, D_v):
+    given = inputs(S_q=19, S_k=35, D=D, D_v=D_v, causal=True, dtype=torch.float16)
+    assert f"head dimension {D}" in explain(flash_attention, **given)
+    given = given | {n: given[n].detach() for n in "qkv"}
+    assert "interpreter" in explain(flash_attention, **given)
+    check(OP, given)
+    single = given | {n: given[n].float() for n in "qkv"}
+    assert f"head dimension {D}" in explain(flash_attention, **single)
+
+
 @pytest.mark.parametrize("dtype", OP.dtypes)
 @pytest.mark.parametrize(("H", "H_kv"), [(4, 1), (6, 2), (3, 3)])
 def test_grouped_heads(H, H_kv, dtype):
@@ -203,14 +214,16 @@ def test_memory(size, causal):
     assert_bitwise_equal(got, outcome(flash_attention, given))
 
 
-def test_what_is_saved_for_the_backward():
-    """q, k, v, o and lse, and nothing that grows with S_q S_k."""
-    given = inputs(B=2, S_q=48, S_k=64, H=2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_saved_for_the_backward(dtype):
+    """q, k, v, o, lse and for float32 its gain; nothing that grows with S_q S_k."""
+    given = inputs(B=2, S_q=48, S_k=64, H=2, dtype=dtype)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         flash_attention(**given)
     q, k = given["q"], given["k"]
-    assert sum(t.nbytes for t in saved) == 2 * q.nbytes + 2 * k.nbytes + 4 * 2 * 2 * 48
+    rows = 4 * 2 * 2 * 48 * (2 if dtype == torch.float32 else 1)
+    assert sum(t.nbytes for t in saved) == 2 * q.nbytes + 2 * k.nbytes + rows
 
 
 @pytest.mark.parametrize("expanded", ["batch", "heads"])
@@ -252,8 +265,9 @@ def test_offsets_past_2_to_the_31(lazy_memory):
     far = torch.empty(2**31 + 2**12, dtype=torch.float16).as_strided(
         (2, 40, 1, 16), (2**31, 16, 16, 1)
     )
-    steep = torch.empty(2**22 * 520, dtype=torch.float16).as_strided(
-        (1, 520, 1, 16), (1, 2**22, 16, 1)
+    stride = 2**23 - 16  # the largest that is not copied
+    steep = torch.empty(stride * 264, dtype=torch.float16).as_strided(
+        (1, 264, 1, 16), (1, stride, 16, 1)
     )
     for x in (far, steep):
         x.copy_(torch.randn(x.shape))
@@ -271,13 +285,13 @@ def test_offsets_past_2_to_the_31(lazy_memory):
         assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("D", [16, 40, 56])
+@pytest.mark.parametrize("D", [16, 40])
 @pytest.mark.parametrize("causal", [False, True])
 def test_through_descriptors(monkeypatch, causal, D):
     """Tiles read by TMA, as on Hopper and Blackwell."""
     from fastlm.kernels.attention import _tiles
 
-    given = inputs(B=2, S_q=45, S_k=61, H=4, H_kv=2, D=D, causal=causal, dtype=torch.float16)
+    given = inputs(B=2, S_q=35, S_k=53, H=2, H_kv=1, D=D, causal=causal, dtype=torch.float16)
     monkeypatch.setattr(_tiles, "_INTERPRETED_TMA", True)
     assert _tiles.described(given["k"].detach(), 16, _tiles.block_d_of(D)) is not None
     check(OP, given)

@@ -4,9 +4,12 @@ import re
 
 import pytest
 import torch
+import triton
 
 from fastlm.bench import capture
+from fastlm.bench.machine_code import _code_sections, read
 from fastlm.kernels import flash_attention
+from fastlm.kernels.attention import backward, forward, gradients
 
 SHARED = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "sm120": 101376}
 
@@ -37,6 +40,18 @@ def test_192_and_128_dimensions_fit(target):
         assert launch.compile().metadata.shared <= SHARED[target]
 
 
+@pytest.mark.parametrize("target", SHARED)
+def test_512_dimensions_fit_forward(target):
+    q, k, v = (leaf(1, 256, 2, 512).detach() for _ in "qkv")
+    with capture.capture_launches(target) as cap:
+        flash_attention(q, k, v, causal=True)
+    (launch,) = cap.unique()
+    (code,) = read([launch.compile()])
+    assert code.shared <= SHARED[target]
+    assert code.tensor_memory <= 512
+    assert code.stack <= 16
+
+
 def test_heads_of_8_times_an_odd_number_are_copied_wide():
     """40 numbers a head: 16 bytes a copy all the same."""
     q, k, v = (leaf(1, 256, 3, 40) for _ in "qkv")
@@ -44,3 +59,65 @@ def test_heads_of_8_times_an_odd_number_are_copied_wide():
         if launch.name != "rows_kernel":
             opcodes = capture.sass_ops(launch.compile())
             assert any(re.match(r"LDGSTS.*128", op) for op in opcodes), launch
+
+
+# --- what is off costs nothing ------------------------------------------------------------------
+
+
+@triton.jit
+def no_shape(score):
+    return False
+
+
+@triton.jit
+def scores_alone(qk, rows, cols, slope, bias_ptr, S_q, S_k, scale, score):
+    return qk, 1.0
+
+
+@triton.jit
+def head_without_options(b, h, H, score):
+    return 0.0, 0, 0
+
+
+@triton.jit
+def nothing_dropped(x, rows, cols, head, seed, score):
+    return x
+
+
+def machine_code(call):
+    found = {}
+    for launch in launches("sm90", call):
+        if launch.name != "rows_kernel":
+            found[launch.name] = _code_sections(launch.compile().asm["cubin"])
+    return found
+
+
+def test_the_plain_machine_code_is_that_of_a_source_without_options(monkeypatch):
+    """Softcap, ALiBi, bias, masks and dropout struck out: not a byte of the code changes."""
+    q, k, v = (leaf(2, 512, 4, 64) for _ in "qkv")
+
+    def call():
+        return flash_attention(q, k, v, causal=True)
+
+    plain = machine_code(call)
+    assert set(plain) == {"_forward_kernel", "dkdv_kernel", "dq_kernel"}
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "is_shaped", no_shape)
+        monkeypatch.setattr(module, "shape_scores", scores_alone)
+        monkeypatch.setattr(module, "head_of", head_without_options)
+    monkeypatch.setattr(backward, "dropped", nothing_dropped)
+    for module, name in (
+        (forward, "_attend"),
+        (backward, "weights"),
+        (backward, "_gather_dkdv"),
+        (backward, "_gather_dq"),
+    ):  # afresh: a function remembers what it called
+        monkeypatch.setattr(module, name, triton.jit(getattr(module, name).fn))
+    for module, own, name in (
+        (forward, forward, "_forward_kernel"),
+        (gradients, backward, "dkdv_kernel"),
+        (gradients, backward, "dq_kernel"),
+    ):
+        jit = triton.jit(do_not_specialize=["left", "right"])
+        monkeypatch.setattr(module, name, jit(getattr(own, name).fn))
+    assert machine_code(call) == plain

@@ -94,6 +94,30 @@ def test_a_page_number_out_of_range_hides_its_tokens():
         check(OP, given)
 
 
+@pytest.fixture
+def lazy_memory(nan_in_fresh_memory):
+    """torch.empty leaves pages untouched, so that a tensor may be larger than the machine."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_offsets_past_2_to_the_31(lazy_memory, paged):
+    """Between pages, and between the caches of two sequences."""
+    torch.manual_seed(0)
+    far = torch.empty(2**31 + 2**10, dtype=torch.int8)
+    far = far.as_strided((2, 16, 1, 16), (2**31, 16, 16, 1))
+    far.copy_(torch.randint(-100, 100, far.shape))
+    given = {"cache_seqlens": torch.tensor([16, 13]), "k_scale": 0.01, "v_scale": 0.01}
+    if paged:
+        given = given | {"block_table": torch.tensor([[1, 0], [0, 1]], dtype=torch.int32)}
+        given["cache_seqlens"] = torch.tensor([32, 29])
+    q = torch.randn(2, 1, 2, 16)
+    near = far.contiguous()
+    assert torch.equal(
+        flash_attention_decode(q, far, far, **given), flash_attention_decode(q, near, near, **given)
+    )
+
+
 def test_memory():
     given = example(torch.float16, page=16, num_splits=3, S_q=2)
     with interp_check():

@@ -13,7 +13,7 @@ from memory_check import interp_check
 
 from fastlm.kernels import OPS, flash_attention
 from fastlm.kernels._interpreter import interpreted
-from fastlm.kernels.attention import _scores
+from fastlm.kernels.attention import _scores, _tiles
 from fastlm.kernels.attention.eager import visible
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -173,8 +173,7 @@ def test_sinks_without_keys():
 # --- bias ---------------------------------------------------------------------------------------
 
 SHAPES = [
-    (S_Q, S_K), (1, S_K), (S_Q, 1), (H, S_Q, S_K), (H, 1, 1), (1, H, 1, S_K),
-    (B, 1, S_Q, S_K), (B, H, 1, 1), (1, 1, 1, 1), (S_K,), (),
+    (S_Q, S_K), (S_Q, 1), (H, S_Q, S_K), (1, H, 1, S_K), (B, 1, S_Q, S_K), (B, H, 1, 1), (S_K,), (),
 ]  # fmt: skip
 
 
@@ -233,8 +232,10 @@ def dropout_mask(seed, p, B, H, S_q, S_k):
     return _scores.dropout_mask(torch.tensor(seed), p, head, i, j)
 
 
-def test_dropout_drops_what_the_mask_says():
-    """Where q is 0 weights are equal; v = I shows them."""
+@pytest.mark.parametrize("tile", [(32, 16), (16, 64)])
+def test_dropout_drops_what_the_mask_says(monkeypatch, tile):
+    """Where q is 0 weights are equal; v = I shows them. The size of the tiles changes nothing."""
+    monkeypatch.setitem(_tiles._INTERPRETED, "forward", _tiles.Tile(*tile, 4, 1))
     S, p = 40, 0.4
     q, v = torch.zeros(2, S, 3, S), torch.eye(S)[None, :, None, :].expand(2, S, 3, S)
     o = flash_attention(q, q, v, dropout_p=p, dropout_seed=7)
@@ -288,6 +289,14 @@ BLOCKS = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)[None,
 BY_HEAD = torch.stack([BLOCKS[0, 0], BLOCKS[0, 0].T.logical_not()])[None]
 
 
+@pytest.fixture
+def wide_tiles(monkeypatch):
+    """Fewer, larger tiles than other tests have, two or more to a block of 128 all the same."""
+    tiles = {"forward": (64, 32), "dkdv": (32, 64), "dq": (64, 32)}
+    for kernel, (m, n) in tiles.items():
+        monkeypatch.setitem(_tiles._INTERPRETED, kernel, _tiles.Tile(m, n, 4, 1))
+
+
 def blocked(block_mask, dtype=torch.float32, **options):
     torch.manual_seed(0)
     given = OP.example(dtype, CPU, B=1, S_q=300, S_k=270, H=2, H_kv=1, D=16, **options)
@@ -305,23 +314,23 @@ def blocked(block_mask, dtype=torch.float32, **options):
     ids=["plain", "causal", "window", "bias and sinks"],
 )
 @pytest.mark.parametrize("mask", [BLOCKS, BY_HEAD], ids=["shared", "by head"])
-def test_block_masks(mask, options):
+def test_block_masks(wide_tiles, mask, options):
     check(OP, blocked(mask, **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_block_masks_in_half_precision(dtype):
+def test_block_masks_in_half_precision(wide_tiles, dtype):
     check(OP, blocked(BLOCKS, dtype))
 
 
-def test_memory_of_block_masks():
+def test_memory_of_block_masks(wide_tiles):
     given = blocked(BLOCKS, causal=True)
     with interp_check():
         got = outcome(flash_attention, given)
     assert_bitwise_equal(got, outcome(flash_attention, given))
 
 
-def test_hidden_blocks_are_never_read():
+def test_hidden_blocks_are_never_read(wide_tiles):
     """NaN in keys that every block hides reaches nothing, and their tiles cost nothing."""
     given = blocked(torch.tensor([[1, 0, 1]] * 3, dtype=torch.bool)[None, None])
     poisoned = dict(given)
@@ -338,7 +347,7 @@ def test_hidden_blocks_are_never_read():
     assert (poisoned["k"].grad[:, 128:256] == 0).all()
 
 
-def test_flex_attentions_block_mask_is_one():
+def test_flex_attentions_block_mask_is_one(wide_tiles):
     from torch.nn.attention.flex_attention import create_block_mask
 
     def far(b, h, i, j):

@@ -22,10 +22,6 @@ TARGETS = [80, 90, 100, 120]
 ACCEPTED = {
     ("prepare_kernel", target, "float64", ""): "bias corrections in float64, a lane a tensor"
     for target in TARGETS
-} | {
-    ("dkdv_kernel", 90, "spills", "D=128 causal=True window_size"): (
-        "44 bytes a thread and turn; the tile that does not spill is modelled 12 % slower"
-    )
 }
 EVERYTHING = os.environ.get("FASTLM_COMPILE") == "all"  # every variant on every target: minutes
 

@@ -46,6 +46,7 @@ def rotary(**more):
 
 
 ROWS = {"M": M, "N": N}
+CHANNELS = {"N": 2, "C": 8, "S": 256, "G": 2}
 # (op, size, elements loaded and stored forward, and backward, for each of M * N)
 LEAST = [
     ("layer_norm", ROWS, (1, 1), (2, 1)),
@@ -53,6 +54,8 @@ LEAST = [
     ("add_layer_norm", ROWS, (2, 2), (3, 1)),
     ("add_rms_norm", ROWS, (2, 2), (3, 1)),
     ("add_rms_norm", ROWS | {"dropout_p": 0.5, "seed": 1}, (2, 2), (3, 2)),
+    # A channel's sums first, as PyTorch: x and dy come twice.
+    ("group_norm", CHANNELS, (1, 1), (4, 1)),
     ("softmax", ROWS, (1, 1), (2, 1)),
     ("softmax", ROWS | {"dim": 0}, (1, 1), (2, 1)),
     ("log_softmax", ROWS, (1, 1), (2, 1)),
@@ -100,6 +103,7 @@ KEPT = [
     ("rms_norm", {}, 4 * M),
     ("add_layer_norm", {"dropout_p": 0.5, "seed": 1}, 8 * M + 8),
     ("add_rms_norm", {"dropout_p": 0.5, "seed": 1}, 4 * M + 8),
+    ("group_norm", CHANNELS, 8 * 2 * 2),
     ("softmax", {}, 0),
     ("log_softmax", {}, 0),
     ("gelu", {}, 0),
@@ -111,7 +115,7 @@ KEPT = [
     ("dropout", {}, 8),
 ]
 # Whose eager PyTorch keeps nothing of the size of the input either, on a CPU.
-LEAN = {"layer_norm", "softmax", "log_softmax", "gelu"}
+LEAN = {"layer_norm", "group_norm", "softmax", "log_softmax", "gelu"}
 
 
 @pytest.mark.parametrize(("name", "more", "kept"), KEPT)

@@ -23,13 +23,13 @@ def inputs(M, V, dtype=torch.float32, **options):
 
 
 @KERNELS
-@pytest.mark.parametrize("shift", [1e4, -1e4, 1e6])
-@pytest.mark.parametrize("V", [203, 1500])
+@pytest.mark.parametrize("shift", [-1e4, 1e6])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_a_shift_of_the_logits_costs_no_accuracy(shift, V, label_smoothing):
+def test_a_shift_of_the_logits_costs_no_accuracy(shift, label_smoothing):
     torch.manual_seed(0)
-    x = (torch.randn(3, V) * 64).round() / 64  # exact in float32 after the shift, nearly
-    target = torch.randint(0, V, (3,))
+    V = 1500
+    x = (torch.randn(2, V) * 64).round() / 64  # exact in float32 after the shift, nearly
+    target = torch.randint(0, V, (2,))
 
     def loss_and_gradient(x):
         x = x.clone().requires_grad_()
@@ -87,14 +87,14 @@ def test_logits_all_below_a_negative_number():
 
 @KERNELS
 @pytest.mark.parametrize("V", [2, 7, 9, 513])
-@pytest.mark.parametrize("stride", [0, 1, 5])
+@pytest.mark.parametrize("stride", [0, 2])
 def test_rows_that_start_anywhere(V, stride):
     """Heads and tails of every length around the aligned part, in bfloat16."""
     torch.manual_seed(0)
-    wide = torch.full((9, V + stride), NAN, dtype=torch.bfloat16)
-    wide[:, :V] = torch.randn(9, V)
+    wide = torch.full((5, V + stride), NAN, dtype=torch.bfloat16)
+    wide[:, :V] = torch.randn(5, V)
     x = wide[:, :V].requires_grad_()
-    found = {"input": x, "target": torch.randint(0, V, (9,)), "label_smoothing": 0.2}
+    found = {"input": x, "target": torch.randint(0, V, (5,)), "label_smoothing": 0.2}
     with interp_check():
         got = outcome(OP.fused, found)
     exact = outcome(OP.reference, doubled(found))
@@ -167,19 +167,18 @@ def test_targets_outside_raise_on_the_cpu_path():
 
 
 @KERNELS
-@pytest.mark.parametrize("shape", [(5,), (2, 5, 3), (1, 5, 2, 2), (2, 5, 1, 0)])
+@pytest.mark.parametrize("shape", [(5,), (2, 5, 2), (1, 5, 1, 3), (2, 5, 1, 0)])
 @pytest.mark.parametrize("probabilities", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_shapes_of_every_kind(shape, probabilities, reduction):
+def test_shapes_of_every_kind(shape, probabilities):
     torch.manual_seed(0)
     x = torch.randn(shape)
     rest = shape[:1] + shape[2:] if len(shape) > 1 else ()
     target = torch.rand(shape) if probabilities else torch.randint(0, 5, rest)
-    options = {"weight": torch.rand(5), "label_smoothing": 0.1, "reduction": reduction}
-    check(OP, {"input": x.requires_grad_(), "target": target, **options})
+    found = {"input": x.requires_grad_(), "target": target, "weight": torch.rand(5)}
+    check(OP, found | {"label_smoothing": 0.1})
     if x.numel():
-        more = {"softcap": 3.0, "z_loss": 0.1, "return_lse": True}
-        check(OP, {"input": x.requires_grad_(), "target": target, **options, **more})
+        more = {"softcap": 3.0, "z_loss": 0.1, "return_lse": True, "reduction": "none"}
+        check(OP, found | more)
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -187,9 +186,8 @@ def test_shapes_of_every_kind(shape, probabilities, reduction):
 
 @KERNELS
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", OP.dtypes)
-def test_all_options_at_once(reduction, dtype):
-    found = inputs(5, 90, dtype, weighted=True, reduction=reduction, label_smoothing=0.3)
+def test_all_options_at_once(reduction):
+    found = inputs(5, 90, torch.bfloat16, weighted=True, reduction=reduction, label_smoothing=0.3)
     found["target"] = torch.tensor([0, 3, 89, 3, 41])
     check(OP, found | {"softcap": 2.0, "z_loss": 0.05, "return_lse": True, "ignore_index": 3})
 
@@ -351,15 +349,14 @@ def test_rows_past_two_to_the_31_elements():
 # --- PyTorch ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_samples_of_pytorch(dtype):
+def test_samples_of_pytorch():
     """PyTorch's OpInfo for cross_entropy: on its CPU path, and interpreted."""
     from torch.testing._internal.common_methods_invocations import op_db
 
     info = next(op for op in op_db if op.name == "nn.functional.cross_entropy")
     torch.manual_seed(0)
     kernels = 0
-    for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
+    for sample in info.sample_inputs("cpu", torch.bfloat16, requires_grad=True):
         found = {"input": sample.input, "target": sample.args[0], **sample.kwargs}
         check(OP, found)
         found["target"] = sample.args[0].detach()  # PyTorch has a gradient for probabilities

@@ -127,3 +127,27 @@ def accepts(fn, args):
     except TypeError:
         return False
     return True
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "group_norm", "softmax", "gelu"])
+def test_a_sharded_tensor_goes_to_pytorch_which_knows_how_to_shard(name):
+    """DTensor: no kernel sees a shard as if it were the whole."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        op = OPS[name]
+        x = torch.randn(4, 6)
+        arguments = {"layer_norm": ((6,),), "rms_norm": ((6,),), "group_norm": (2,)}.get(name, ())
+        sharded = distribute_tensor(x, mesh, [Shard(0)])
+        with interpreted():
+            assert "a DTensor: PyTorch's op" in explain(op.fused, sharded, *arguments)
+            y = op.fused(sharded, *arguments)
+        torch.testing.assert_close(y.to_local(), op.reference(x, *arguments)[:2])
+        with interpreted(), backend("triton"), pytest.raises(RuntimeError, match="a DTensor"):
+            op.fused(sharded, *arguments)
+    finally:
+        dist.destroy_process_group()

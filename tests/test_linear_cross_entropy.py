@@ -17,7 +17,8 @@ from fastlm.kernels import OPS, LinearCrossEntropyLoss, backend, explain, linear
 from fastlm.kernels import linear_cross_entropy as op
 from fastlm.kernels._dispatch import cpu_runner
 from fastlm.kernels._interpreter import interpreted
-from fastlm.kernels.linear_cross_entropy import ProjectedLoss
+from fastlm.kernels.linear_cross_entropy import tiles
+from fastlm.kernels.linear_cross_entropy.loss import ProjectedLoss
 
 NAN = float("nan")
 OP = OPS["linear_cross_entropy"]
@@ -71,9 +72,9 @@ def test_gradients_of_each_token(runs, dtype):
 
 @IMPL
 @EITHER
-@pytest.mark.parametrize("chunk_size", [1, 2, 7, 1000])
+@pytest.mark.parametrize("chunk_size", [2, 1000])
 def test_any_chunk_size_gives_the_same(runs, impl, chunk_size):
-    found = inputs(7, 8, 90, bias=True)
+    found = inputs(5, 8, 150, bias=True)
     with runs():
         got = outcome(op, found | {"impl": impl, "chunk_size": chunk_size})
     for name, want in outcome(OP.reference, found).items():
@@ -169,8 +170,6 @@ class _Largest(TorchDispatchMode):
 
 def peak_elements(found, monkeypatch):
     """Of the largest tensor inside our operators, forward and backward."""
-    from fastlm.kernels import _logit_tiles
-
     largest = _Largest()
     fresh = torch.Tensor.new_empty
 
@@ -186,7 +185,7 @@ def peak_elements(found, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     monkeypatch.setattr(F, "linear", linear)
-    monkeypatch.setattr(_logit_tiles, "STRIP_BYTES", 64 * 40 * 4)
+    monkeypatch.setattr(tiles, "STRIP_BYTES", 128 * 20 * 4)
     with largest:
         op(**found).backward()
     return largest.seen
@@ -196,11 +195,11 @@ def peak_elements(found, monkeypatch):
 @EITHER
 def test_logits_are_never_whole(runs, impl, monkeypatch):
     """No tensor on the way has as many elements as all logits, or as half of them."""
-    found = inputs(40, 6, 320, impl=impl)
+    found = inputs(20, 6, 640, impl=impl)
     if impl == "chunked" or runs is not interpreted:
         found["chunk_size"] = 5
     with runs():
-        assert peak_elements(found, monkeypatch) <= 40 * 320 / 4
+        assert peak_elements(found, monkeypatch) <= 20 * 640 / 4
 
 
 @KERNELS
@@ -259,7 +258,7 @@ def test_two_ranks_with_half_the_vocabulary_each_equal_one():
 @TORCH_HAS_IT
 @pytest.mark.parametrize("name", ["nn.functional.linear_cross_entropy"])
 def test_samples_of_pytorch(name):
-    """PyTorch's OpInfo, error inputs included, on the CPU path; each tenth interpreted."""
+    """PyTorch's OpInfo, error inputs included, on the CPU path; each twentieth interpreted."""
     from torch.testing._internal.common_methods_invocations import op_db
 
     infos = [info for info in op_db if info.name == name]
@@ -272,7 +271,7 @@ def test_samples_of_pytorch(name):
             found = dict(zip(("linear_weight", "target"), sample.args, strict=True))
             found |= {"input": sample.input, **sample.kwargs}
             want = outcome(OP.reference, found)
-            with interpreted() if i % 10 == 0 else cpu_runner(None):
+            with interpreted() if i % 20 == 0 else cpu_runner(None):
                 kernels += "interpreter" in explain(op, **found)
                 got = outcome(op, found)
             for name, value in want.items():
@@ -288,7 +287,7 @@ def test_samples_of_pytorch(name):
             sample = error.sample_input
             with pytest.raises(error.error_type, match=error.error_regex):
                 op(sample.input, *sample.args, **sample.kwargs)
-    assert kernels >= 5
+    assert kernels >= 3
 
 
 def test_options_out_of_range():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastlm.__main__ import main
-from fastlm.lm.tokenize import is_token_folder, open_tokens
+from fastlm.lm.data import is_token_folder, open_tokens
 from fastlm.lm.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 TEXTS = ["", "def f(x):\n    return x\n", "naïve 東京 🙂\r\n\t\x00 end", "<|endoftext|> <|im_end|>"]

@@ -103,7 +103,7 @@ def test_what_is_not_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match="none in 1 files"):
         data.load(str(tmp_path), 16)
     (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(ValueError, match="more than 16 bytes"):
+    with pytest.raises(ValueError, match="more than 16 tokens"):
         data.load(str(tmp_path), 16)
 
 

@@ -286,6 +286,15 @@ def test_refuses_what_is_not_a_module(model):
         patch(model)
 
 
+def test_group_norm():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.GroupNorm(2, 6), nn.Conv1d(6, 3, 1)), torch.randn(2, 6, 5)
+    want = results(model, x)
+    with interpreted(), patch(model) as report:
+        assert [(s.name, s.op) for s in report.swapped] == [("0", "group_norm")]
+        assert_same(results(model, x), want)
+
+
 def test_half_precision_parameters():
     model = whole_model().bfloat16()
     want = results(model, NUMBERS)

@@ -17,10 +17,12 @@ import pytest
 import test_activations
 import test_adamw
 import test_add_norm
+import test_attention
 import test_attention_options
 import test_cross_entropy
 import test_dropout
 import test_embedding
+import test_group_norm
 import test_layer_norm
 import test_ops
 import test_rotary
@@ -102,6 +104,7 @@ def cases(bug: Bug):
 FLOAT64 = test_ops.test_matches_float64_by_the_contract
 MEMORY = test_ops.test_reads_and_writes_only_its_tensors
 STRIDES = test_ops.test_any_strides_give_the_same_answer
+LARGE_LOGITS = test_attention.test_large_logits
 HIDDEN_ROWS = test_attention_options.test_rows_that_a_bias_hides_whole
 OWN_STRIDES = test_add_norm.test_each_tensor_has_its_own_strides
 WIDE_DROPOUT = test_add_norm.test_dropout_of_narrow_and_of_wide_rows
@@ -121,6 +124,7 @@ NO_CLASS = test_cross_entropy.test_targets_outside_give_nan_and_read_nothing
 CE_SHIFT = test_cross_entropy.test_a_shift_of_the_logits_costs_no_accuracy
 CE_SHAPES = test_cross_entropy.test_shapes_of_every_kind
 IGNORED = test_cross_entropy.test_ignored_rows_of_nan_cost_nothing
+CHANNEL_MEANS = test_group_norm.test_channels_of_unlike_means
 LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
 
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
@@ -152,7 +156,10 @@ ATTENTION = [
     (FLASH, "forward:_attend", 'tl.where(m_new == float("-inf"), 0.0, m_new)', "m_new", FLOAT64),
     (FLASH, "forward:_forward_kernel", "h_kv = h // GROUP", "h_kv = h % (H // GROUP)", FLOAT64),
     (FLASH, "forward:_forward_kernel", "offs_m, lse, mask=mask_m)", "offs_m, lse)", MEMORY),
+    (FLASH, "forward:_forward_kernel", "- tl.math.log2(l_safe)", "", FLOAT64),
+    (FLASH, "forward:_forward_kernel", "(product(lse, LOG2_E) - m_i)", "0.0", LARGE_LOGITS),
     (FLASH, "_scores:seen_keys", "offs_n <= last", "offs_n < last", FLOAT64),
+    (FLASH, "_scores:seen_queries", "offs_m <= offs_n", "offs_m < offs_n", FLOAT64),
     (FLASH, "_scores:key_range", "last + right + 1", "last + right", FLOAT64),
     (FLASH, "_scores:key_range", "first + right + 1", "last + right + 1", FLOAT64),
     (FLASH, "_scores:key_range", "first + left, 0", "last + left, 0", FLOAT64),
@@ -247,6 +254,19 @@ LOG_SOFTMAX = [
     ("_gradient", "tl.exp(y) * total", "total", FLOAT64),
 ]
 
+GROUP_NORM = [
+    ("_affine", "xhat += ", "xhat = ", FLOAT64),
+    ("_forward_kernel", "row % GROUPS * CHANNELS", "row % GROUPS", FLOAT64),
+    ("_forward_kernel", "tl.where(mask, x - mean, 0.0)", "x - mean", FLOAT64),
+    ("_forward_wide_kernel", "mean += delta * share", "mean += delta", FLOAT64),
+    ("_forward_wide_kernel", "delta * delta * share * seen", "0.0", CHANNEL_MEANS),
+    ("_channel_sums_kernel", "groups = rows // CHANNELS", "groups = rows % CHANNELS", FLOAT64),
+    ("_channel_sums_kernel", "tl.where(mask, dy * (x - mean), 0.0)", "dy * x", FLOAT64),
+    ("_channel_sums_kernel", "& (cols < S)[None, :]", "", MEMORY),
+    ("_backward_kernel", "& (members < CHANNELS)", "", FLOAT64),
+    ("_backward_kernel", "(x - mean) * rstd * mean_gx", "(x - mean) * mean_gx", FLOAT64),
+]
+
 # (op, module and kernel, what stands there, what the mistake makes of it, the test that notices)
 POINTWISE = [
     ("gelu", "activations:activation", "0.5 + 0.5 * tl.erf", "0.5 * tl.erf", FLOAT64),
@@ -308,16 +328,13 @@ CROSS_ENTROPY = [
     ("aligned_part", "row * stride", "row * V", STRIDES),
     ("aligned_part", "tl.maximum(V - lead, 0)", "V", MEMORY),
     ("_ends", "tl.minimum(lead, V)", "lead", STARTS),
-    ("_ends", "+ i - LANE", "+ i", FLOAT64),
     ("capped", "- 2.0 * softcap", "- softcap", FLOAT64),
     ("_mass", "* t + spread", "* t", CE_SHAPES),
     ("_gradient", "tl.where(cols == y, b, 0.0)", "0.0", FLOAT64),
-    ("_gradient", "1.0 - (z / softcap)", "1.0 - z", FLOAT64),
     ("row_target", "(y >= 0) & (y < V)", "y < V", NO_CLASS),
     ("row_target", 'tl.where(exists, 1.0, float("nan"))', "1.0", NO_CLASS),
     ("row_target", "share *= tl.load(weight_ptr + y).to(tl.float32)", "pass", FLOAT64),
     ("row_loss", "log_d - (z_y - m)", "lse - z_y", CE_SHIFT),
-    ("row_statistics", "sum_q += tl.sum(q, 0)", "pass", FLOAT64),
     ("write_gradient", "tl.minimum(count, read)", "count", IGNORED),
     ("_reduce_kernel", "out /= total", "out /= M", FLOAT64),
     ("_backward_kernel", "row * stride_dxm", "row * V", STRIDES),
@@ -325,17 +342,14 @@ CROSS_ENTROPY = [
     ("_backward_kernel", "a += tl.load(dlse_ptr", "a = tl.load(dlse_ptr", FLOAT64),
 ]
 LINEAR_CROSS_ENTROPY = [
-    ("linear_cross_entropy:_chunk_kernel", "tl.where(counts, a, 0.0)", "a", FLOAT64),
-    ("linear_cross_entropy:_chunk_kernel", "tl.where(counts, loss, 0.0)", "loss", FLOAT64),
-    ("_logit_tiles:_tile_at", "band * GROUP + rest % height", "rest % height", FLOAT64),
-    ("_logit_tiles:_tile_at", "tl.minimum(tiles_m - band * GROUP, GROUP)", "GROUP", FLOAT64),
-    ("_logit_tiles:_logits_of", "tl.minimum(cols, V - 1)", "cols", MEMORY),
-    ("_logit_tiles:_logits_of", "offs_k < H - k", "offs_k < H", FLOAT64),
-    ("_logit_tiles:_parts_kernel", "tl.minimum(V, (tile_n + 1) * BLOCK_N)", "V", MEMORY),
-    ("_logit_tiles:_parts_kernel", "wz *= tl.load", "wz += tl.load", FLOAT64),
-    ("_logit_tiles:_strip_kernel", "first + strip_cols", "strip_cols", FLOAT64),
-    ("_logit_tiles:_strip_kernel", "b[:, None], 0.0", "0.0, 0.0", FLOAT64),
-    ("_logit_tiles:_strip_kernel", "c[:, None] * w[None, :]", "c[:, None]", FLOAT64),
+    ("chunks:_chunk_kernel", "tl.where(counts, a, 0.0)", "a", FLOAT64),
+    ("tiles:_tile_at", "band * GROUP + rest % height", "rest % height", FLOAT64),
+    ("tiles:_logits_of", "tl.minimum(cols, V - 1)", "cols", MEMORY),
+    ("tiles:_logits_of", "offs_k < H - k", "offs_k < H", FLOAT64),
+    ("tiles:_parts_kernel", "tl.minimum(V, (tile_n + 1) * BLOCK_N)", "V", MEMORY),
+    ("tiles:_strip_kernel", "first + strip_cols", "strip_cols", FLOAT64),
+    ("tiles:_strip_kernel", "b[:, None], 0.0", "0.0, 0.0", FLOAT64),
+    ("tiles:_strip_kernel", "c[:, None] * w[None, :]", "c[:, None]", FLOAT64),
 ]
 
 BUGS = [
@@ -343,13 +357,17 @@ BUGS = [
     *(Bug(*row) for row in POINTWISE),
     *(Bug("adamw_step", f"adam.kernels:{kernel}", *rest) for kernel, *rest in ADAMW),
     *(Bug("cross_entropy", f"cross_entropy:{kernel}", *rest) for kernel, *rest in CROSS_ENTROPY),
-    *(Bug("linear_cross_entropy", *row) for row in LINEAR_CROSS_ENTROPY),
+    *(
+        Bug("linear_cross_entropy", f"linear_cross_entropy.{kernel}", *rest)
+        for kernel, *rest in LINEAR_CROSS_ENTROPY
+    ),
     *(Bug("softmax", f"softmax:{kernel}", *rest) for kernel, *rest in SOFTMAX),
     *(Bug("log_softmax", f"softmax:{kernel}", *rest) for kernel, *rest in LOG_SOFTMAX),
     *(Bug("add_layer_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_LAYER_NORM),
     *(Bug("add_rms_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_RMS_NORM),
     *(Bug("rms_norm", f"rms_norm:{kernel}", *rest) for kernel, *rest in RMS_NORM),
     *(Bug("layer_norm", f"layer_norm:{kernel}", *rest) for kernel, *rest in LAYER_NORM),
+    *(Bug("group_norm", f"group_norm:{kernel}", *rest) for kernel, *rest in GROUP_NORM),
     Bug("layer_norm", "_rows:_sum_parts_kernel", "(rows < P)[:, None] & ", "", MEMORY),
 ]
 

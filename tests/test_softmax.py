@@ -138,3 +138,9 @@ def test_the_functional_and_the_tensor_method_agree():
     torch.testing.assert_close(log_softmax(x, 1), x.log_softmax(1))
     with interpreted():
         torch.testing.assert_close(softmax(x).sum(-1), torch.ones(3))
+
+
+@BOTH
+def test_a_row_wider_than_65536(op):
+    torch.manual_seed(0)
+    check(op, {"input": (3 * torch.randn(1, 65536 + 3)).bfloat16().requires_grad_()})

@@ -1,5 +1,6 @@
 """A cubin as instructions with their control bits, and what its ELF sections say."""
 
+import bisect
 import functools
 import importlib.util
 import math
@@ -9,10 +10,12 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;?\s+/\* 0x[0-9a-f]{16} \*/")
 _CONTROL = re.compile(r"/\* 0x([0-9a-f]{16}) \*/")
+_BRANCHES = ("BRA", "BSSY", "JMP", "WARPSYNC")
 _PARTS = re.compile(r"(@!?U?P\w+ )?\s*(\S+)\s*(.*)")
 
 
@@ -67,6 +70,10 @@ class Instruction:
         self.base, *self.modifiers = self.opcode.split(".")
 
 
+# Instructions in order, and the offset of each label.
+Disassembly = tuple[list[Instruction], dict[str, int]]
+
+
 @functools.cache
 def tool(name: str) -> str:
     """Path of ``nvdisasm`` or alike, which the triton wheel ships.
@@ -85,18 +92,13 @@ def tool(name: str) -> str:
     return found
 
 
-def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
+def disassemble(cubin: bytes) -> Disassembly:
     """The first kernel's instructions, and the offset of each label.
 
     Raises:
         ValueError: Not a cubin.
     """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool("nvdisasm"), "-c", "-hex", file.name], capture_output=True, text=True
-        ).stdout
+    text = _nvdisasm(cubin, ".cubin", "-c")
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     pending: re.Match[str] | None = None
@@ -116,6 +118,51 @@ def disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
         if match := re.search(r"`\((\.L_x_\w+)\)", i.operands):
             i.target = labels.get(match[1], -1)
     return instructions, labels
+
+
+def disassemble_all(cubins: Sequence[bytes], arch: int) -> list[Disassembly]:
+    """As ``disassemble``, of several cubins of one capability.
+
+    Starting the disassembler costs half a second, so their bare code goes through it as one. It
+    then knows no names: a cubin that calls a subroutine or jumps by a table goes through alone.
+    """
+    starts, code = [], b""
+    for cubin in cubins:
+        starts.append(len(code))
+        code += next(
+            (cubin[o : o + n] for name, o, n in sections(cubin) if name.startswith(".text.")), b""
+        )
+    text = _nvdisasm(code, ".bin", "-b", f"SM{arch}{'a' if arch >= 90 else ''}")
+    parts: list[list[Instruction]] = [[] for _ in cubins]
+    pending: re.Match[str] | None = None
+    for line in text.split("\n"):
+        if match := _LINE.match(line):
+            pending = match
+        elif pending and (match := _CONTROL.search(line)):
+            at = int(pending[1], 16)
+            which = bisect.bisect_right(starts, at) - 1
+            i = _instruction(at - starts[which], pending[2], int(match[1], 16))
+            if i.base in _BRANCHES and (match := re.search(r"\b0x[0-9a-f]+$", i.operands)):
+                i.target = int(match[0], 16) - starts[which]
+            parts[which].append(i)
+            pending = None
+    found = []
+    for cubin, instructions in zip(cubins, parts, strict=True):
+        if not instructions or any(i.base in ("BRX", "CALL") for i in instructions):
+            found.append(disassemble(cubin))
+        else:
+            targets = sorted({i.target for i in instructions} - {-1})
+            found.append((instructions, {f".L_x_{n}": at for n, at in enumerate(targets)}))
+    return found
+
+
+def _nvdisasm(code: bytes, suffix: str, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        file.write(code)
+        file.flush()
+        return subprocess.run(
+            [tool("nvdisasm"), *options, "-hex", file.name], capture_output=True, text=True
+        ).stdout
 
 
 def _instruction(offset: int, text: str, high_word: int) -> Instruction:

@@ -12,7 +12,7 @@ from .control_flow import Code, Path
 from .cost import GLOBAL, LISTED, MEMORY, SHARED, SPILLS, TENSOR, classify, width
 from .gpus import ASSUMPTIONS, GPUS, LATENCY, Gpu
 from .lanes import lane_model
-from .parse import Instruction, disassemble, elf_info
+from .parse import Disassembly, Instruction, disassemble, elf_info
 from .simulate import simulate
 
 
@@ -207,9 +207,16 @@ class _Kernel:
     """A kernel under analysis: its code, what is resident, and where spills live."""
 
     def __init__(
-        self, cubin: bytes, gpu: Gpu, warps: int, shared: int, stages: int, tensor_memory: int
+        self,
+        cubin: bytes,
+        code: Disassembly,
+        gpu: Gpu,
+        warps: int,
+        shared: int,
+        stages: int,
+        tensor_memory: int,
     ):
-        instructions, labels = disassemble(cubin)
+        instructions, labels = code
         info = elf_info(cubin)
         self.gpu, self.info, self.stages = gpu, info, stages
         self.warps = info.threads // 32 or warps or 4
@@ -561,6 +568,7 @@ def analyse(
     stages: int = 2,
     tensor_memory: int = 0,
     gpu: Gpu | None = None,
+    code: Disassembly | None = None,
 ) -> Report:
     """The modelled report of a cubin's first kernel.
 
@@ -572,11 +580,13 @@ def analyse(
         stages: Of the software pipeline.
         tensor_memory: Columns a block.
         gpu: Another part.
+        code: The cubin disassembled, if it is already; it is changed.
 
     Raises:
         ValueError: Not a cubin.
     """
-    kernel = _Kernel(cubin, gpu or GPUS[arch], warps, shared, stages, tensor_memory)
+    code = code or disassemble(cubin)
+    kernel = _Kernel(cubin, code, gpu or GPUS[arch], warps, shared, stages, tensor_memory)
     built_for = struct.unpack_from("<I", cubin, 0x30)[0] >> (8 if cubin[8] > 7 else 0) & 255
     if built_for != arch:
         kernel.warnings.append(f"compiled for sm_{built_for}, modelled as {kernel.gpu.name}")

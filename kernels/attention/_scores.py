@@ -79,6 +79,12 @@ def head_of(b, h, H, score):
 
 
 @triton.jit
+def product(x, y):
+    """The product, rounded before it enters a sum: a compiler would fuse ``x * y`` into it."""
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
 def tanh(x):
     """To about 1e-7 of 1; near 0 by its series, where 1 - 2 / (e^2x + 1) would cancel."""
     square = x * x
@@ -218,6 +224,19 @@ def seen_keys(offs_m, offs_n, left, right, S_k):
     seen = offs_n <= last
     if left is not None:
         seen = seen & (offs_n >= offs_m + left)
+    return seen
+
+
+@triton.jit
+def seen_queries(offs_m, offs_n, left, right, S_k):
+    """The same for a tile of keys by queries, of which a thread holds few keys and many queries.
+
+    Two limits of each key take fewer registers; of one alone ptxas (CUDA 12.8) makes more spills.
+    """
+    if left is None or right is None:
+        seen = seen_keys(offs_m, offs_n, left, right, S_k)
+    else:
+        seen = (offs_m >= offs_n - right) & (offs_m <= offs_n - left)
     return seen
 
 

@@ -15,6 +15,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import _dispatch
+from .._tuned import tunable
 
 
 class Tile(NamedTuple):
@@ -39,36 +40,40 @@ class Tile(NamedTuple):
 _HALF: dict[tuple[str, str], dict[int, Tile]] = {
     ("forward", "a100"): {
         64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2),
+        512: Tile(32, 32, 8, 2),
     },
     ("forward", "hopper"): {
         64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2),
+        512: Tile(64, 32, 8, 2),
     },
     ("forward", "blackwell"): {
         64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2),
+        512: Tile(64, 32, 8, 2),
     },
     ("forward", "small"): {
         64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2),
+        512: Tile(32, 32, 8, 2),
     },
     ("dkdv", "a100"): {
         64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2),
     },
     ("dkdv", "hopper"): {
-        64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(64, 32, 8, 2),
+        64: Tile(64, 64, 4, 2), 128: Tile(64, 128, 8, 3), 256: Tile(64, 32, 8, 2),
     },
     ("dkdv", "blackwell"): {
-        64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 2),
+        64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 3), 256: Tile(32, 64, 8, 2),
     },
     ("dkdv", "small"): {
         64: Tile(32, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 2),
     },
     ("dq", "a100"): {
-        64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2),
+        64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2),
     },
     ("dq", "hopper"): {
-        64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2),
+        64: Tile(64, 128, 4, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 32, 8, 2),
     },
     ("dq", "blackwell"): {
-        64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2),
+        64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2),
     },
     ("dq", "small"): {
         64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 2),
@@ -78,7 +83,17 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
 # Where D is not BLOCK_D the masks of the loads take registers: smaller tiles; unmeasured
 _HALF_PADDED: dict[tuple[str, str, int], Tile] = {
     ("forward", "small", 128): Tile(128, 32, 8, 2),
+    ("dkdv", "hopper", 64): Tile(64, 128, 8, 2),
     ("dkdv", "hopper", 128): Tile(64, 64, 8, 2),
+    ("dq", "a100", 128): Tile(128, 32, 8, 2),
+    ("dq", "hopper", 64): Tile(128, 64, 8, 2),
+    ("dq", "hopper", 128): Tile(128, 64, 8, 2),
+    ("dq", "blackwell", 64): Tile(128, 64, 8, 2),
+}
+
+# The same where a band has two edges, which make a third loop, or dq sums what sinks need
+_HALF_BUSY: dict[tuple[str, str, int], Tile] = {
+    ("dq", "hopper", 128): Tile(128, 64, 8, 2),
 }
 
 # Beside a bias or dropout a second tile of scores lives in registers; unmeasured. With 8 warps
@@ -94,12 +109,15 @@ _CROWDED: dict[tuple[str, str, int], Tile] = {
     ("forward", "blackwell", 128): Tile(128, 32, 8, 1),
     ("dkdv", "a100", 64): Tile(64, 32, 4, 2),
     ("dkdv", "small", 64): Tile(64, 32, 4, 2),
+    ("dkdv", "hopper", 64): Tile(64, 128, 8, 2),
     ("dkdv", "hopper", 128): Tile(32, 128, 8, 2),
     ("dkdv", "blackwell", 128): Tile(32, 128, 8, 2),
     ("dq", "a100", 64): Tile(128, 32, 8, 2),
     ("dq", "small", 64): Tile(128, 32, 8, 2),
     ("dq", "a100", 128): Tile(64, 64, 8, 2),
     ("dq", "small", 128): Tile(64, 64, 8, 2),
+    ("dq", "hopper", 64): Tile(128, 64, 8, 2),
+    ("dq", "hopper", 128): Tile(128, 64, 8, 2),
 }
 
 # float32 goes through three tf32 products, which hold both halves of each operand; unmeasured
@@ -140,10 +158,14 @@ def _gpu_class(x: Tensor) -> str:
     return _class_of(driver.active.get_current_target().arch)
 
 
-def tile_of(kernel: str, x: Tensor, block_d: int, *, crowded: bool = False) -> Tile:
+@tunable("m", "n", "warps", "stages")
+def tile_of(
+    kernel: str, x: Tensor, block_d: int, *, busy: bool = False, crowded: bool = False
+) -> Tile:
     """The tile that ships for this kernel on the GPU where ``x`` (..., D) lives.
 
-    ``crowded``: a bias or dropout keeps a second tile beside the scores, and wants 8 warps for it.
+    ``busy``: a third loop or further sums take registers. ``crowded``: a bias or dropout keeps a
+    second tile beside the scores, and wants 8 warps for it.
     """
     if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
         return _INTERPRETED[kernel]
@@ -154,6 +176,8 @@ def tile_of(kernel: str, x: Tensor, block_d: int, *, crowded: bool = False) -> T
     tile = _HALF[kernel, gpu][row]
     if x.shape[-1] != block_d:
         tile = _HALF_PADDED.get((kernel, gpu, row), tile)
+    if busy:
+        tile = _HALF_BUSY.get((kernel, gpu, row), tile)
     if crowded:
         tile = _CROWDED.get((kernel, gpu, row), tile._replace(warps=8))
     return tile

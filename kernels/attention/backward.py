@@ -5,6 +5,8 @@ With p = e^(s - lse), recomputed a tile at a time, and t = scale q k^T before so
     delta = sum_d do o - dlse        dv = p^T do        ds = p (do v^T - delta) ds/dt
     dq = scale ds k                  dk = scale ds^T q        dsink = -sum_i e^(sink - lse) delta
 
+Of float32 inputs p is multiplied by gain, the factor that takes out the rounding of lse.
+
 For dsink delta is sum_j p (do v^T) - dlse, which owes nothing to o's rounding. Dropout's mask and
 factor lie on p where it makes dv, and on do v^T.
 
@@ -25,8 +27,10 @@ from ._scores import (
     key_range,
     listed,
     locate,
+    product,
     query_range,
     seen_keys,
+    seen_queries,
     shape_scores,
     visited,
 )
@@ -61,7 +65,7 @@ def rows_kernel(
     offsets = pid_bh * S_q + rows
     lse = tl.load(lse_ptr + offsets, mask=mask_m, other=0.0)
     # a row that saw no key: p = 2^(s - inf) = 0
-    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    lse2 = tl.where(lse == float("-inf"), float("inf"), product(lse, LOG2_E))
     tl.store(lse2_ptr + offsets, lse2, mask=mask_m)
     tl.store(delta_ptr + offsets, delta, mask=mask_m)
 
@@ -79,17 +83,11 @@ def load_stats(lse_ptrs, delta_ptrs, mask_m, MASKED: tl.constexpr):
 
 
 @triton.jit
-def weights(
-    qk, lse, rows, cols, slope, bias_ptr, left, right, S_q, S_k, scale, score,
-    MASK_BAND: tl.constexpr,
-):  # fmt: skip
-    """The weights p of a tile, and ds/dt; keys that a query does not see have p = 0."""
+def weights(qk, lse, rows, cols, slope, bias_ptr, S_q, S_k, scale, score):
+    """The weights p of a tile before its mask, and ds/dt."""
     s, slack = shape_scores(qk, rows, cols, slope, bias_ptr, S_q, S_k, scale, score)
     factor = 1.0 if is_shaped(score) else scale * LOG2_E
-    p = tl.math.exp2(s * factor - lse)
-    if MASK_BAND:
-        p = tl.where(seen_keys(rows, cols, left, right, S_k), p, 0.0)
-    return p, slack
+    return tl.math.exp2(s * factor - lse), slack
 
 
 @triton.jit
@@ -103,7 +101,7 @@ def dropped(x, rows, cols, head, seed, score):
 
 @triton.jit
 def _gather_dkdv(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, start, stop, b, h, H, total_q,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, start, stop, b, h, H, total_q,
     stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale, score,
     blocks, list_ptr, MASKED: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -142,11 +140,14 @@ def _gather_dkdv(
         head = b * H + h + g
         rows = offs_m[None, :]
         cols = offs_n[:, None]
-        # keys past S_k alone need no mask: their rows of dk and dv are not stored
         pT, slack = weights(
-            dot(k, q.T), lse[None, :], rows, cols, slope, bias_ptr, left, right, S_q, S_k, scale,
-            score, MASKED and ((left is not None) or (right is not None)),
-        )  # fmt: skip
+            dot(k, q.T), lse[None, :], rows, cols, slope, bias_ptr, S_q, S_k, scale, score
+        )
+        # keys past S_k alone need no mask: their rows of dk and dv are not stored
+        if MASKED and ((left is not None) or (right is not None)):
+            pT = tl.where(seen_queries(rows, cols, left, right, S_k), pT, 0.0)
+        if gain_ptr is not None:
+            pT *= tl.load(gain_ptr + stats, mask=mask_m, other=1.0)[None, :]
         dv = dot(dropped(pT, rows, cols, head, seed, score).to(do.dtype), do, dv)
         dpT = dropped(dot(v, do.T), rows, cols, head, seed, score)
         dsT = pT * (dpT - delta[None, :]) * slack
@@ -156,7 +157,7 @@ def _gather_dkdv(
 
 @triton.jit(do_not_specialize=["left", "right"])
 def dkdv_kernel(  # noqa: PLR0915
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, dk_ptr, dv_ptr,
     cu_seqlens_q, cu_seqlens_k, score, blocks,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_dob, stride_dom, stride_doh,
@@ -210,11 +211,13 @@ def dkdv_kernel(  # noqa: PLR0915
     h = h_kv * GROUP
     lse_ptr += stats
     delta_ptr += stats
+    if gain_ptr is not None:
+        gain_ptr += stats
     if blocks is not None:
         for g in range(GROUP):
             count, list_ptr = visited(blocks, b, h + g, first // SPARSE)
             dk, dv = _gather_dkdv(
-                dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, 0, count * SPARSE,
+                dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, 0, count * SPARSE,
                 b, h + g, H_kv * GROUP, total_q,
                 stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale,
                 score, blocks, list_ptr,
@@ -223,19 +226,19 @@ def dkdv_kernel(  # noqa: PLR0915
     else:
         if right is not None:
             dk, dv = _gather_dkdv(
-                dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr,
+                dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr,
                 begin, tl.minimum(full_begin, end), b, h, H_kv * GROUP, total_q,
                 stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale,
                 score, None, 0, True, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
             )  # fmt: skip
         dk, dv = _gather_dkdv(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr,
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr,
             full_begin, full_end, b, h, H_kv * GROUP, total_q,
             stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale,
             score, None, 0, False, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
         )  # fmt: skip
         dk, dv = _gather_dkdv(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr,
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr,
             tl.maximum(full_begin, full_end), end, b, h, H_kv * GROUP, total_q,
             stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale,
             score, None, 0, True, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
@@ -274,9 +277,10 @@ def _gather_dq(
         rows = offs_m[:, None]
         cols = offs_n[None, :]
         p, slack = weights(
-            dot(q, k.T), lse[:, None], rows, cols, slope, bias_ptr, left, right, S_q, S_k, scale,
-            score, MASKED,
-        )  # fmt: skip
+            dot(q, k.T), lse[:, None], rows, cols, slope, bias_ptr, S_q, S_k, scale, score
+        )
+        if MASKED:
+            p = tl.where(seen_keys(rows, cols, left, right, S_k), p, 0.0)
         dp = dropped(dot(do, v.T), rows, cols, head, seed, score)
         if SUMS:
             sums += tl.sum(p * dp, 1)
@@ -287,7 +291,7 @@ def _gather_dq(
 
 @triton.jit(do_not_specialize=["left", "right"])
 def dq_kernel(  # noqa: PLR0915
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, sums_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, dq_ptr, sums_ptr,
     cu_seqlens_q, cu_seqlens_k, score, blocks,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_dob, stride_dom, stride_doh,
@@ -375,6 +379,10 @@ def dq_kernel(  # noqa: PLR0915
             True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, sums_ptr is not None,
         )  # fmt: skip
 
+    if gain_ptr is not None:
+        gain = tl.load(gain_ptr + stats, mask=mask_m, other=1.0)
+        dq *= gain[:, None]
+        sums *= gain
     if sums_ptr is not None:
         tl.store(sums_ptr + stats, sums, mask=mask_m)
     # dq is contiguous

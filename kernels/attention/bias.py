@@ -8,14 +8,14 @@ the bit. It recomputes ds, which costs three matrix products that only a bias wi
 import triton
 import triton.language as tl
 
-from ._scores import SPARSE, head_of
+from ._scores import SPARSE, head_of, seen_keys
 from ._tiles import dot, load_tile
 from .backward import dropped, load_stats, weights
 
 
 @triton.jit(do_not_specialize=["left", "right"])
 def dbias_kernel(  # noqa: PLR0915
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dbias_ptr, score, blocks,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, dbias_ptr, score, blocks,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_dob, stride_dom, stride_doh,
     B, H, S_q, S_k, left, right, scale, bias_b, bias_h, bias_m, bias_n,
@@ -68,8 +68,11 @@ def dbias_kernel(  # noqa: PLR0915
         slope, bias_ptr, seed = head_of(b, h, H, score)
         p, _ = weights(
             dot(q, k.T), lse[:, None], offs_m[:, None], offs_n[None, :], slope, bias_ptr,
-            left, right, S_q, S_k, scale, score, True,
+            S_q, S_k, scale, score,
         )  # fmt: skip
+        p = tl.where(seen_keys(offs_m[:, None], offs_n[None, :], left, right, S_k), p, 0.0)
+        if gain_ptr is not None:
+            p *= tl.load(gain_ptr + stats, mask=mask_m, other=1.0)[:, None]
         if blocks is not None:
             row = tile_m * BLOCK_M // SPARSE
             at = (b * blocks.stride_b + h * blocks.stride_h + row) * blocks.columns

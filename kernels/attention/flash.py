@@ -14,6 +14,7 @@ the tensor cores. Memory: q, k, v, o and 4 bytes a row of lse; nothing grows wit
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,8 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, do, dlse):
-    o, lse, block_mask, *tensors = ctx.saved_tensors
+def _differentiate(ctx, do, dlse, _):
+    o, lse, gain, block_mask, *tensors = ctx.saved_tensors
     q, k, v, sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k = tensors
     rest = (None,) * (_TENSORS - 5 + len(ctx.options) + 1)
     if torch.is_grad_enabled():  # create_graph=True
@@ -57,7 +58,7 @@ def _differentiate(ctx, do, dlse):
     if do is None:
         do = torch.zeros_like(o)
     wanted = list(ctx.needs_input_grad[:5])
-    grads = backward(do, dlse, o, lse, *tensors, *ctx.options, wanted, block_mask)
+    grads = backward(do, dlse, o, lse, gain, *tensors, *ctx.options, wanted, block_mask)
     return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *rest
 
 
@@ -69,10 +70,16 @@ attend = torch_op(
 # --- public -------------------------------------------------------------------------------------
 
 MAX_HEAD_DIM = 256
+MAX_FORWARD_HEAD_DIM = 512  # without gradients, in half precision
 
 
-def kernel_refuses(tensors: dict[str, Tensor]) -> str | None:
-    """Why the kernels do not take q, k and v (..., D), or None."""
+def kernel_refuses(
+    tensors: dict[str, Tensor], learned: Sequence[Tensor | None] | None = None
+) -> str | None:
+    """Why the kernels do not take q, k and v (..., D), or None.
+
+    ``learned``: what else may want a gradient, of an op that has wide heads.
+    """
     q, _, v = tensors.values()
     autocast = torch.is_autocast_enabled(q.device.type)
     for name, t in tensors.items():
@@ -80,9 +87,14 @@ def kernel_refuses(tensors: dict[str, Tensor]) -> str | None:
             return f"{name} is {t.dtype}" + ("" if t is q else f" and q is {q.dtype}")
         if t.device != q.device:
             return f"{name} is on {t.device} and q on {q.device}"
+    limit = MAX_HEAD_DIM
+    if learned is not None and q.dtype.itemsize == 2 and not autocast:
+        wanting = [t for t in (*tensors.values(), *learned) if t is not None and t.requires_grad]
+        if not (torch.is_grad_enabled() and wanting):
+            limit = MAX_FORWARD_HEAD_DIM
     for name, t in (("q", q), ("v", v)):
-        if not 0 < t.shape[-1] <= MAX_HEAD_DIM:
-            return f"{name} has head dimension {t.shape[-1]}, not 1 to {MAX_HEAD_DIM}"
+        if not 0 < t.shape[-1] <= limit:
+            return f"{name} has head dimension {t.shape[-1]}, not 1 to {limit}"
     return None
 
 
@@ -299,6 +311,7 @@ def _uncovered(
     v: Tensor,
     *,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     bias: Tensor | None = None,
     block_mask: Tensor | None = None,
     **_: object,
@@ -306,7 +319,7 @@ def _uncovered(
     check(q, k, v, bias, block_mask)
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         return "alibi_slopes wants a gradient"
-    return kernel_refuses({"q": q, "k": k, "v": v})
+    return kernel_refuses({"q": q, "k": k, "v": v}, (sinks, bias))
 
 
 @dispatched(eager=_eager, uncovered=_uncovered)
@@ -333,10 +346,11 @@ def flash_attention(
     Rows and keys line up at their ends: with shift = S_k - S_q, query i stands at key i + shift.
 
     Args:
-        q: (B, S_q, H, D) float32, float16 or bfloat16, D up to 256; any strides.
+        q: (B, S_q, H, D) float32, float16 or bfloat16, D up to 256, or to 512 in half precision
+            without gradients; any strides.
         k: (B, S_k, H_kv, D), the dtype of q. H is a multiple of H_kv: query head h reads KV head
             h // (H / H_kv).
-        v: (B, S_k, H_kv, D_v), the dtype of q, D_v up to 256.
+        v: (B, S_k, H_kv, D_v), the dtype of q, D_v as D.
         causal: Query i sees key j where j <= i + shift.
         softmax_scale: Factor of the scores; default 1 / sqrt(D).
         window_size: (left, right): query i sees i + shift - left <= j <= i + shift + right, both
@@ -374,7 +388,7 @@ def flash_attention(
     q, scale = positive(q, scale)
     left, right = window_band(causal, window_size, k.shape[1] - q.shape[1])
     seed = as_seed(dropout_seed, dropout_p, q.device)
-    o, lse = attend(
+    o, lse, _ = attend(
         q, k, v, sinks, as_bias(bias), as_slopes(alibi_slopes), seed, None, None,
         scale, left, right, float(softcap), float(dropout_p), block_mask,
     )  # fmt: skip

@@ -7,6 +7,9 @@ For each tile of queries, over tiles of keys, with scores s in base 2:
 
 then o = acc / l and lse = (m + log2 l) ln 2. A sink joins l at the end. Tiles that every query of
 the tile sees whole are taken without a mask; those on the edge of the band, and the tail, with one.
+
+Of float32 inputs the rounding of a large lse would show in the backward's e^(s - lse): a factor a
+row, gain, takes it out. Half precision does not see it.
 """
 
 import torch
@@ -25,6 +28,7 @@ from ._scores import (
     key_range,
     listed,
     locate,
+    product,
     score_of,
     seen_keys,
     shape_scores,
@@ -86,7 +90,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["left", "right"])
 def _forward_kernel(  # noqa: C901, PLR0915
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, cu_seqlens_q, cu_seqlens_k, sinks_ptr, score,
+    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, gain_ptr, cu_seqlens_q, cu_seqlens_k, sinks_ptr, score,
     blocks, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_ob, stride_om, stride_oh,
     B, H, S_q, S_k, left, right, scale,
@@ -110,7 +114,7 @@ def _forward_kernel(  # noqa: C901, PLR0915
         o_ptr += tl.cast(start_q, tl.int64) * stride_om
         k_ptr += start_k * stride_kn
         v_ptr += start_k * stride_vn
-        lse_ptr += h * total_q + start_q
+        stats = h * total_q + start_q
         if left is not None:
             left += S_k - S_q
         if right is not None:
@@ -118,7 +122,7 @@ def _forward_kernel(  # noqa: C901, PLR0915
     else:
         q_ptr += b * stride_qb
         o_ptr += b * stride_ob
-        lse_ptr += (b * H + h) * S_q
+        stats = (b * H + h) * S_q
     h_kv = h // GROUP
     if not TMA:
         k_ptr += h_kv * stride_kh
@@ -172,7 +176,7 @@ def _forward_kernel(  # noqa: C901, PLR0915
         )  # fmt: skip
 
     if not is_shaped(score):
-        m_i *= scale * LOG2_E
+        m_i = product(m_i, scale * LOG2_E)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E
         m_new = tl.maximum(m_i, sink)
@@ -184,7 +188,12 @@ def _forward_kernel(  # noqa: C901, PLR0915
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * LN_2)
-    tl.store(lse_ptr + offs_m, lse, mask=mask_m)
+    tl.store(lse_ptr + stats + offs_m, lse, mask=mask_m)
+    if gain_ptr is not None:
+        # close to m, so that the difference is exact
+        excess = (product(lse, LOG2_E) - m_i) - tl.math.log2(l_safe)
+        gain = tl.where(empty, 1.0, tl.math.exp2(excess))
+        tl.store(gain_ptr + stats + offs_m, gain, mask=mask_m)
     if score.dropout_p is not None:
         l_safe *= 1.0 - score.dropout_p
     o = acc / l_safe[:, None]
@@ -253,11 +262,12 @@ def forward_fake(
     softcap: float,
     dropout_p: float,
     block_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Empty o (B, S_q, H, D_v) and lse (B, H, S_q)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty o (B, S_q, H, D_v), lse (B, H, S_q), and gain: as lse for float32, else of no size."""
     B, S_q, H, _ = q.shape
     o = q.new_empty(B, S_q, H, v.shape[3])
-    return o, q.new_empty(B, H, S_q, dtype=torch.float32)
+    lse = q.new_empty(B, H, S_q, dtype=torch.float32)
+    return o, lse, q.new_empty(lse.shape if q.dtype == torch.float32 else 0, dtype=torch.float32)
 
 
 def forward(
@@ -276,13 +286,13 @@ def forward(
     softcap: float,
     dropout_p: float,
     block_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention of q (B, S_q, H, D) over k and v (B, S_k, H_kv, D or D_v): o and lse.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of q (B, S_q, H, D) over k and v (B, S_k, H_kv, D or D_v): o, lse and gain.
 
     Keys left <= j - i <= right are seen. With ``cu_seqlens`` B is 1, the sequences lie end to end,
     and the band counts from the last rows.
     """
-    o, lse = forward_fake(
+    o, lse, gain = forward_fake(
         q, k, v, sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k,
         scale, left, right, softcap, dropout_p,
     )  # fmt: skip
@@ -291,9 +301,10 @@ def forward(
     if cu_seqlens_q is not None:  # rows past the last sequence have no program
         o.zero_()
         lse.fill_(float("-inf"))
+        gain.fill_(1.0)
     B = sequences(q, cu_seqlens_q)
     if lse.numel() == 0 or B == 0:
-        return o, lse
+        return o, lse, gain
     q, k, v = rows_aligned(q), rows_aligned(k), rows_aligned(v)
     sinks = None if sinks is None else sinks.contiguous()
     left, right = band(left, right, S_q, S_k, cu_seqlens_q)
@@ -303,7 +314,7 @@ def forward(
     k_tiles, v_tiles = described(k, tile.n, block_d), described(v, tile.n, block_dv)
     tma = cu_seqlens_q is None and k_tiles is not None and v_tiles is not None
     _forward_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
-        q, k_tiles if tma else k, v_tiles if tma else v, o, lse,
+        q, k_tiles if tma else k, v_tiles if tma else v, o, lse, gain if gain.numel() else None,
         cu_seqlens_q, cu_seqlens_k, sinks,
         score_of(softcap, slopes, bias, dropout_p, seed), blocks_of(block_mask),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
@@ -311,4 +322,4 @@ def forward(
         GROUP=H // H_kv, HEAD_DIM=D, HEAD_DIM_V=D_v, BLOCK_D=block_d, BLOCK_DV=block_dv,
         TMA=tma, **tile.options(),
     )  # fmt: skip
-    return o, lse
+    return o, lse, gain

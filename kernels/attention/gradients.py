@@ -18,6 +18,7 @@ def backward_fake(
     dlse: Tensor | None,
     o: Tensor,
     lse: Tensor,
+    gain: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -69,6 +70,7 @@ def backward(  # noqa: C901
     dlse: Tensor | None,
     o: Tensor,
     lse: Tensor,
+    gain: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -88,7 +90,7 @@ def backward(  # noqa: C901
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gives dq, dk, dv, dsinks, dbias; ``wanted`` says which. dk and dv come together."""
     grads = backward_fake(
-        do, dlse, o, lse, q, k, v, sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k,
+        do, dlse, o, lse, gain, q, k, v, sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k,
         scale, left, right, softcap, dropout_p, wanted,
     )  # fmt: skip
     B, S_q, H, D = q.shape
@@ -100,6 +102,7 @@ def backward(  # noqa: C901
     if nothing:
         return grads
     dq, dk, dv, dsinks, dbias = grads
+    factor = gain if gain.numel() else None
     q, k, v, o, do = (rows_aligned(x) for x in (q, k, v, o, do))
     lse = lse.contiguous()
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
@@ -135,16 +138,17 @@ def backward(  # noqa: C901
         dk, dv = _scratch(dk, k, wanted[1]), _scratch(dv, v, wanted[2])
         tile = tile_of("dkdv", q, width, crowded=crowded)
         dkdv_kernel[(tiles_of(S_k, B, tile.n, cu_seqlens_k) * H_kv,)](
-            q, k, v, do, lse2, delta, dk, dv,
+            q, k, v, do, lse2, delta, factor, dk, dv,
             cu_seqlens_q, cu_seqlens_k, score, blocks_of(block_mask, by_key=True),
             *strides, B, H_kv, S_q, S_k, left, right, scale,
             **dims, **tile.options(),
         )  # fmt: skip
     if wanted[0] or sums is not None:
         dq = _scratch(dq, q, wanted[0])
-        tile = tile_of("dq", q, width, crowded=crowded)
+        busy = sums is not None or (left is not None and right is not None)
+        tile = tile_of("dq", q, width, busy=busy, crowded=crowded)
         dq_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
-            q, k, v, do, lse2, delta, dq, sums,
+            q, k, v, do, lse2, delta, factor, dq, sums,
             cu_seqlens_q, cu_seqlens_k, score, blocks_of(block_mask),
             *strides, B, H, S_q, S_k, left, right, scale,
             **dims, **tile.options(),
@@ -157,7 +161,7 @@ def backward(  # noqa: C901
         bias_b, bias_h, bias_m, bias_n = bias.shape
         tiles = triton.cdiv(bias_m, tile.m) * triton.cdiv(bias_n, tile.n)
         dbias_kernel[(tiles * bias_b * bias_h,)](
-            q, k, v, do, lse2, delta, dbias, score, _block_flags(block_mask),
+            q, k, v, do, lse2, delta, factor, dbias, score, _block_flags(block_mask),
             *strides, B, H, S_q, S_k, left, right, scale, *bias.shape,
             **dims, **tile.options(), ONE_ROW=bias_m == 1, ONE_COL=bias_n == 1,
         )  # fmt: skip

@@ -84,7 +84,7 @@ def _run(
     q, k, v = (x[None] if ragged else x for x in (query, key, value))
     q, positive = flash.positive(q, query.shape[-1] ** -0.5 if scale is None else scale)
     shift = 0 if ragged else k.shape[1] - q.shape[1]
-    o, lse = flash.attend(
+    o, lse, _ = flash.attend(
         q, k, v, None, None, flash.as_slopes(slopes), seed, cum_seq_q, cum_seq_k,
         positive, *flash.window_band(is_causal, window, shift), 0.0, dropout_p,
     )  # fmt: skip
@@ -113,7 +113,7 @@ def _run_backward(
     q, positive = flash.positive(q, given)
     shift = 0 if ragged else k.shape[1] - q.shape[1]
     dq, dk, dv, _, _ = flash.backward(
-        do, None, o, lse[None] if ragged else lse, q, k, v, None, None, None,
+        do, None, o, lse[None] if ragged else lse, lse.new_empty(0), q, k, v, None, None, None,
         _seed_of(rng_state, dropout_p), cum_seq_q, cum_seq_k,
         positive, *flash.window_band(is_causal, window, shift), 0.0, dropout_p,
         [True, True, True, False, False],

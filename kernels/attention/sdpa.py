@@ -67,7 +67,7 @@ def _uncovered(
             n not in (1, m) for n, m in zip(attn_mask.shape[::-1], full[::-1], strict=False)
         ):
             return f"attn_mask {tuple(attn_mask.shape)} does not broadcast to {full}"
-    return flash.kernel_refuses({"query": query, "key": key, "value": value})
+    return flash.kernel_refuses({"query": query, "key": key, "value": value}, (attn_mask,))
 
 
 def _headed(x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def scaled_dot_product_attention(
     q, k, v = flash.autocast(q, k, v)
     q, scale = flash.positive(q, q.shape[-1] ** -0.5 if scale is None else float(scale))
     seed = flash.as_seed(None, dropout_p, q.device)
-    o, _ = flash.attend(
+    o, *_ = flash.attend(
         q, k, v, None, _as_bias(attn_mask, batch), None, seed, None, None,
         scale, None, 0 if is_causal else None, 0.0, float(dropout_p),
     )  # fmt: skip

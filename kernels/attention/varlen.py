@@ -109,12 +109,13 @@ def _uncovered(
     cu_seqlens_k: Tensor,
     *,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     **_: object,
 ) -> str | None:
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         return "alibi_slopes wants a gradient"
-    return flash.kernel_refuses({"q": q, "k": k, "v": v})
+    return flash.kernel_refuses({"q": q, "k": k, "v": v}, (sinks,))
 
 
 @dispatched(eager=reference, uncovered=_uncovered)
@@ -141,7 +142,7 @@ def flash_attention_varlen(
     """``flash_attention`` of B sequences of any lengths, laid end to end.
 
     Args:
-        q: (total_q, H, D) float32, float16 or bfloat16, D up to 256; any strides.
+        q: (total_q, H, D) float32, float16 or bfloat16, D as ``flash_attention``; any strides.
         k: (total_k, H_kv, D), the dtype of q; H is a multiple of H_kv.
         v: (total_k, H_kv, D_v), the dtype of q.
         cu_seqlens_q: (B + 1,) int32 or int64, starting at 0: sequence b has the rows
@@ -168,7 +169,7 @@ def flash_attention_varlen(
         ValueError: Shapes, dtypes or options that do not fit.
     """
     q, k, v = flash.autocast(q, k, v)
-    o, lse = flash.attend(
+    o, lse, _ = flash.attend(
         *_arguments(
             q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale, window_size, softcap,
             alibi_slopes, sinks, dropout_p, dropout_seed,

@@ -11,6 +11,8 @@ _VERBS = {  # verb: (module, what it does)
     "train": ("fastlm.lm.train", "pre-train a model on text"),
     "generate": ("fastlm.lm.generate", "continue a text"),
     "finetune": ("fastlm.lm.finetune", "adapt a model to a task, or train a classifier"),
+    "make-data": ("fastlm.lm.scenarios", "make the data of a task, for finetune"),
+    "evaluate": ("fastlm.lm.evaluate", "score a fine-tuned model beside simple baselines"),
     "tokenize": ("fastlm.lm.tokenize", "turn text into files of tokens"),
     "bench": ("fastlm.bench.cli", "what the kernels cost: timed on a GPU, static elsewhere"),
     "env": ("fastlm.env", "versions, GPUs, and which code each op runs here"),

@@ -12,13 +12,15 @@ dW needs no sum over strips and is written once, in its own dtype. No atomics, n
 Cost, with N rows and H features: 2 NHV floating-point operations forward and 6 NHV backward.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _dispatch
-from .cross_entropy import capped
+from .. import _dispatch
+from ..cross_entropy import capped
 
 # --- kernels ------------------------------------------------------------------------------------
 
@@ -142,7 +144,7 @@ STRIP_BYTES = 128 << 20  # of ds that the backward holds at once; unmeasured
 def _tile(x: Tensor, H: int) -> dict[str, int | bool]:
     """The tile of a product; unmeasured."""
     if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
-        m, n, k, group, warps, stages = 16, 64, 32, 2, 4, 1
+        m, n, k, group, warps, stages = 16, 128, 32, 2, 4, 1
     elif x.dtype == torch.float32:  # both halves of each operand, for three tf32 products
         m, n, k, group, warps, stages = 64, 64, 32, 8, 4, 2
     else:
@@ -233,7 +235,7 @@ def gradients(
     softcap: float,
     rows: tuple[Tensor, Tensor, Tensor, Tensor | None],
     strip: int | None,
-    wanted: tuple[bool, bool, bool],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The wanted of dx, in float32, dW and dbias, from the rows' (m, a, b, c)."""
     (N, H), V = x.shape, matrix.shape[0]

@@ -1,0 +1,276 @@
+"""Adapting a model to prompts and answers, or training a classifier: ``fastlm finetune``."""
+
+import argparse
+import copy
+import dataclasses
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from .byte_pairs import BytePairTokenizer, learn_merges
+from .chat import Example, pieces, read_examples, tokens
+from .classify import Classifier, Labelled, read_labelled
+from .config import PRESETS, GPTConfig
+from .evaluate import load_answers, score_answers, score_classes
+from .fit import Batch, FitConfig, Loop, fit, prepare
+from .lora import TARGETS, adapters, apply_lora, merge_lora, save_lora
+from .model import GPT
+from .options import add_options, from_fields, given, option
+from .parallel import World, world
+from .rows import Row, RowsTask, packed_rows, padded_rows
+from .run import Record, Run, draw
+from .tokenizer import ByteTokenizer, load_tokenizer
+from .words import HashedWords
+
+_SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "block_size", "vocab_size")
+Line = TypeVar("Line", Example, Labelled)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(FitConfig):
+    """How and on what a model is fine-tuned."""
+
+    checkpoint: str = option("tiny", f"a model's folder, or a new model: {', '.join(PRESETS)}")
+    data: str = option("", "JSONL of prompts and answers, of messages, or of texts and labels")
+    task: Literal["lm", "classify"] = option("lm", "write answers, or tell classes apart")
+    validation: float = option(0.1, "share of the lines to hold out, where they do not say")
+    score: int = option(200, "held-out prompts to answer in the end; 0: none")
+    batch_size: int = option(32, "examples a step, over all processes and micro-batches")
+    lora_rank: int = option(0, "rank of adapters; 0: train every weight")
+    lora_alpha: float | None = option(None, "adapters count alpha / rank (default twice the rank)")
+    lora_dropout: float = option(0.0, "probability, of the adapters' input")
+    lora_targets: str = option(",".join(TARGETS), "linears to adapt")
+    merge: bool = option(True, "save one model, adapters taken in; without, the adapters alone")
+    pooling: Literal["mean", "last"] | None = option(
+        None, "a text is the mean of its tokens or the last (default: last of a causal model)"
+    )
+    n_layer: int | None = option(None, "blocks of a new model")
+    n_head: int | None = option(None, "attention heads of a new model")
+    n_embd: int | None = option(None, "width of a new model")
+    n_inner: int | None = option(None, "feed-forward width of a new model")
+    block_size: int | None = option(None, "most tokens a sequence of a new model")
+    vocab_size: int | None = option(
+        None,
+        "tokens of a new model: above 256, byte pairs learned from the data (default 256, bytes); "
+        "of a new encoder, numbers that words are hashed to (default 8192)",
+    )
+    dropout: float | None = option(None, "probability")
+
+    def check(self, world_size: int) -> None:
+        """Raises ValueError where the numbers make no run."""
+        super().check(world_size)
+        if not self.data:
+            raise ValueError("--data must be a JSONL file")
+        if not 0.0 < self.validation < 1.0:
+            raise ValueError(f"--validation must be between 0 and 1; got {self.validation}")
+        for name in ("score", "lora_rank"):
+            if getattr(self, name) < 0:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} must be 0 or more; got {getattr(self, name)}")
+        if self.task == "classify" and self.lora_rank:
+            raise ValueError("--lora-rank must be 0 for --task classify, which trains every weight")
+        if self.lora_rank and not self.merge and self.checkpoint in PRESETS:
+            raise ValueError(
+                "--checkpoint must be a folder with --no-merge; adapters need it later"
+            )
+        if self.parallel != "ddp":
+            raise ValueError(f"--parallel must be ddp to fine-tune; got {self.parallel}")
+
+
+def finetune(config: FinetuneConfig, out: Path, *, world: World) -> Record:
+    """Fine-tunes a model; its last figures, ``best_val_loss`` among them.
+
+    ``out`` gets the weights of the lowest held-out loss, whenever there is a lower one.
+
+    Raises:
+        ValueError: Settings, data or a folder that make no run.
+        ArithmeticError: A loss was not finite.
+    """
+    config.check(world.size)
+    if (out / "run.json").exists():
+        raise ValueError(f"--out {out} holds a run already; give another folder")
+    torch.manual_seed(config.seed)
+    job = (_answers if config.task == "lm" else _classes)(config)
+    task = RowsTask(job.train, job.held_out, job.collate, config, world, partial(job.save, out))
+    loop = Loop(prepare(job.model, config, world), config, task, world)
+    run = TaskRun(out, config, {"data": {"name": config.data}}, world)
+    tokens_a_row = sum(len(row.ids) for row in job.train) / len(job.train)
+    if world.main:
+        trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
+        print(
+            f"{trained:,} parameters to train, {config.ops} ops on {world.device}; "
+            f"{len(job.train):,} examples of {tokens_a_row:.0f} tokens, {len(job.held_out):,} "
+            "held out",
+            flush=True,
+        )
+    last = fit(loop, run, round(config.batch_size * tokens_a_row))
+    if world.main:
+        job.score(out)
+    world.wait()
+    return {**last, "best_val_loss": task.best_loss}
+
+
+class TaskRun(Run):
+    """The folder of a run that saves its best weights when it finds them, and has no other."""
+
+    def save(self, loop: Loop) -> None:
+        """Draws the picture."""
+        if self.world.main:
+            draw(self.folder)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one of the two tasks gives the loop."""
+
+    model: Any
+    train: Sequence[Row]
+    held_out: Sequence[Row]
+    collate: Callable[[Sequence[Row]], Batch]
+    save: Callable[[Path, Any], None]
+    score: Callable[[Path], object]
+
+
+def _answers(config: FinetuneConfig) -> Job:
+    """A language model and conversations."""
+    train, held_out = split(read_examples(config.data), config)
+    model, tokenizer = base_model(
+        config, lambda: (text for e in train for text, _ in pieces(e.messages))
+    )
+    if config.lora_rank:
+        targets = config.lora_targets.split(",")
+        apply_lora(model, config.lora_rank, config.lora_alpha, targets, config.lora_dropout)
+
+    def row(example: Example) -> Row:
+        return Row(*tokens(example, tokenizer, model.config.block_size))
+
+    def save(folder: Path, trained: GPT) -> None:
+        if adapters(trained) and not config.merge:
+            save_lora(trained, folder)
+            return
+        plain = merge_lora(copy.deepcopy(trained)) if adapters(trained) else trained
+        plain.save_pretrained(folder)
+        tokenizer.save(folder)
+
+    def score(folder: Path) -> None:
+        if config.score:
+            alone = config.lora_rank and not config.merge
+            best = load_answers(config.checkpoint, folder) if alone else load_answers(folder)
+            score_answers(*best, train, held_out[: config.score], folder)
+
+    return Job(model, [*map(row, train)], [*map(row, held_out)], padded_rows, save, score)
+
+
+def _classes(config: FinetuneConfig) -> Job:
+    """A classifier and labelled texts."""
+    examples = read_labelled(config.data)
+    train, held_out = split(examples, config)
+    body, tokenizer = base_model(config, lambda: (e.text for e in train))
+    model = Classifier(body, sorted({e.label for e in examples}), tokenizer, config.pooling)
+    number = {label: i for i, label in enumerate(model.labels)}
+
+    def row(example: Labelled) -> Row:
+        return Row(model.tokens(example.text), [number[example.label]])
+
+    def save(folder: Path, trained: Classifier) -> None:
+        trained.save_pretrained(folder)
+
+    def score(folder: Path) -> None:
+        score_classes(Classifier.load(folder), train, held_out, folder)
+
+    return Job(model, [*map(row, train)], [*map(row, held_out)], packed_rows, save, score)
+
+
+def base_model(config: FinetuneConfig, texts: Callable[[], Iterable[str]]) -> tuple[GPT, Any]:
+    """The model to start from and its tokenizer.
+
+    Args:
+        config: The run's settings.
+        texts: What the model will read, for a vocabulary of its own.
+
+    Raises:
+        ValueError: No such folder or preset, or flags that a folder's model cannot follow.
+    """
+    changes = {n: getattr(config, n) for n in _SHAPE if getattr(config, n) is not None}
+    dropout = {} if config.dropout is None else {"dropout": config.dropout}
+    if config.checkpoint in PRESETS:
+        return _new_model(config, {**changes, **dropout}, texts)
+    folder = Path(config.checkpoint)
+    if not folder.is_dir():
+        raise ValueError(
+            f"--checkpoint must be a folder or one of {', '.join(PRESETS)}; got {folder}"
+        )
+    if changes:
+        flag = "--" + next(iter(changes)).replace("_", "-")
+        raise ValueError(f"{flag} is of new models; {folder} has its own")
+    model = GPT.from_pretrained(folder, config.ops)
+    if dropout:
+        wetter = GPT(dataclasses.replace(model.config, **dropout), config.ops)
+        wetter.load_state_dict(model.state_dict())
+        model = wetter
+    return model, load_tokenizer(folder)
+
+
+def _new_model(
+    config: FinetuneConfig, changes: dict[str, Any], texts: Callable[[], Iterable[str]]
+) -> tuple[GPT, Any]:
+    """A preset with fresh weights: an encoder reads hashed words, others bytes or byte pairs."""
+    tokenizer: Any
+    if not PRESETS[config.checkpoint].get("causal", True):
+        if config.task == "lm":
+            raise ValueError(f"--checkpoint must be causal for --task lm; got {config.checkpoint}")
+        tokenizer = HashedWords(changes.get("vocab_size", 8192))
+    elif changes.get("vocab_size", 256) > 256:
+        tokenizer = BytePairTokenizer(learn_merges(texts(), changes["vocab_size"] - 256))
+    else:
+        tokenizer = ByteTokenizer()
+    shape = GPTConfig.preset(config.checkpoint, **{**changes, "vocab_size": tokenizer.vocab_size})
+    return GPT(shape, config.ops), tokenizer
+
+
+def split(examples: Sequence[Line], config: FinetuneConfig) -> tuple[list[Line], list[Line]]:
+    """Examples to train on and to hold out: as the lines say, else a share drawn by the seed.
+
+    Raises:
+        ValueError: Nothing is left on one side.
+    """
+    if any(e.split for e in examples):
+        train = [e for e in examples if e.split != "validation"]
+        held_out = [e for e in examples if e.split == "validation"]
+    else:
+        mixed = list(examples)
+        random.Random(config.seed).shuffle(mixed)
+        cut = max(1, round(len(mixed) * config.validation))
+        train, held_out = mixed[cut:], mixed[:cut]
+    for part, name in ((train, "train on"), (held_out, "hold out")):
+        if not part:
+            raise ValueError(
+                f"data: {config.data} must hold a line to {name}; got {len(examples)} lines in all"
+            )
+    return train, held_out
+
+
+# --- command line -------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of ``fastlm finetune``."""
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/finetune"), help="the folder (runs/finetune)"
+    )
+    add_options(parser, FinetuneConfig)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs ``fastlm finetune`` and gives its exit code."""
+    config = from_fields(FinetuneConfig, given(args, FinetuneConfig))
+    with world(config.device) as here:
+        finetune(config, args.out, world=here)
+        if here.main:
+            print(f"wrote {args.out}")
+    return 0

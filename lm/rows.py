@@ -1,0 +1,113 @@
+"""Examples of any lengths for the training loop, padded or end to end.
+
+A causal model takes them padded on the right, which no token sees: on a CPU that is what is fast
+(a step of 32 sequences of 20-36 tokens, 4 layers 128 wide: 128 ms padded, 212 ms packed; of 80-120
+tokens 712 and 722 ms). An encoder, in which every token sees all, takes them packed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .chat import IGNORED
+from .data import permuted
+from .fit import Batch, FitConfig
+from .parallel import World, inner
+
+
+class Row(NamedTuple):
+    """An example: its tokens, and a target for each of them or one for all."""
+
+    ids: Sequence[int]
+    targets: Sequence[int]
+
+
+def packed(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Rows end to end, (total,) int64, and where they begin and end, (rows + 1,) int32."""
+    ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    return torch.tensor([token for row in rows for token in row]), ends.int()
+
+
+def packed_rows(rows: Sequence[Row]) -> Batch:
+    """Rows end to end, as arguments of a model."""
+    ids, cu_seqlens = packed([row.ids for row in rows])
+    targets, _ = packed([row.targets for row in rows])
+    return {"ids": ids, "targets": targets, "cu_seqlens": cu_seqlens}
+
+
+def padded_rows(rows: Sequence[Row]) -> Batch:
+    """Rows with nothing to learn behind their ends, as arguments of a causal model."""
+    longest = max(len(row.ids) for row in rows)
+    pad = [longest - len(row.ids) for row in rows]
+    ids = [[*row.ids, *[0] * n] for row, n in zip(rows, pad, strict=True)]
+    targets = [[*row.targets, *[IGNORED] * n] for row, n in zip(rows, pad, strict=True)]
+    return {"ids": torch.tensor(ids), "targets": torch.tensor(targets)}
+
+
+class RowsTask:
+    """What the loop trains on: rows in an order of its own each epoch.
+
+    Args:
+        train: Rows to learn.
+        held_out: Rows to judge by.
+        collate: ``padded_rows`` or ``packed_rows``.
+        config: The run's settings.
+        world: This process takes every ``world.size``-th row of a step, from its rank on.
+        save_best: Is given the model in the main process, each time that its held-out loss is the
+            lowest so far.
+
+    Attributes:
+        best_loss: The lowest held-out loss so far.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[Row],
+        held_out: Sequence[Row],
+        collate: Callable[[Sequence[Row]], Batch],
+        config: FitConfig,
+        world: World,
+        save_best: Callable[[nn.Module], None],
+    ):
+        self.train, self.held_out, self.collate = train, held_out, collate
+        self.config, self.world, self.save_best = config, world, save_best
+        self.best_loss = float("inf")
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """Rows drawn without replacement: a pure function of (seed, step, rank)."""
+        config, n = self.config, len(self.train)
+        index = step * config.batch_size + np.arange(config.batch_size)
+        chosen = np.empty_like(index)
+        for epoch in np.unique(index // n):
+            now = index // n == epoch
+            chosen[now] = permuted(index[now] % n, n, config.seed * 1_000_003 + int(epoch))
+        mine, micro = chosen[self.world.rank :: self.world.size], config.micro(self.world.size)
+        for i in range(0, len(mine), micro):
+            yield self.collate([self.train[j] for j in mine[i : i + micro]])
+
+    def count(self, batch: Batch) -> int:
+        """Targets that count."""
+        return int((batch["targets"] != IGNORED).sum())
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy in nats, summed."""
+        return model(**batch, reduction="sum")[1]
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Cross entropy of the held-out rows; saves the model where it is the lowest so far."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        mine = self.held_out[self.world.rank :: self.world.size]
+        for i in range(0, len(mine), 32):
+            batch = self.collate(mine[i : i + 32])
+            total[1] += self.count(batch)
+            moved = {name: t.to(total.device) for name, t in batch.items()}
+            total[0] += self.loss(model, moved).double()
+        loss, count = self.world.total(total).tolist()
+        if loss / count < self.best_loss:
+            self.best_loss = loss / count
+            if self.world.main:
+                self.save_best(inner(model))
+        return {"val_loss": loss / count}
