@@ -12,6 +12,8 @@ from torch import Tensor
 
 _ROUNDS = 10
 _WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = tuple((i * 0x9E3779B9, i * 0xBB67AE85) for i in range(_ROUNDS))
 
 
 @triton.jit
@@ -40,23 +42,27 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
-def _product(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32 by 32 bit product; int64 wraps, and its bits are still right."""
-    product = x * constant
-    return product >> 32 & _WORD, product & _WORD
-
-
 def words_of(seed: Tensor, counters: Tensor) -> Tensor:
-    """The kernels' words, unsigned, by the same Philox in int64 arithmetic: (..., 4)."""
-    c0, c1 = counters & _WORD, counters >> 32
-    c2 = c3 = torch.zeros_like(counters)
-    k0, k1 = seed & _WORD, seed >> 32 & _WORD
-    for _ in range(_ROUNDS):
-        high_a, low_a = _product(c0, 0xD2511F53)
-        high_b, low_b = _product(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
-    return torch.stack((c0, c1, c2, c3), -1)
+    """The kernels' words, unsigned, by the same Philox in int64 arithmetic: (..., 4).
+
+    A CPU draws few words for a step of generation, where each operation costs the same however
+    small it is: so words 0 and 2 are one tensor, 1 and 3 another, and constants are tensors, which
+    cost half as much as numbers.
+    """
+    device, nothing = counters.device, torch.zeros_like(counters)
+    pair = torch.stack((counters & _WORD, nothing))
+    rest = torch.stack((counters >> 32, nothing))
+    word, high = torch.tensor((_WORD, 32), device=device).unbind()
+    beside = (2, *[1] * counters.dim())
+    multipliers = torch.tensor(_MULTIPLIERS, device=device).view(beside)
+    keys = torch.stack((seed & _WORD, seed >> 32)) + torch.tensor(_KEY_STEPS, device=device).view(
+        _ROUNDS, *beside
+    )
+    for key in keys.bitwise_and_(word).unbind():
+        product = pair * multipliers  # int64 wraps, and its bits are still right
+        pair = (product >> high).bitwise_and_(word).flip(0).bitwise_xor_(rest) ^ key
+        rest = product.bitwise_and_(word).flip(0)
+    return torch.stack((pair[0], rest[0], pair[1], rest[1]), -1)
 
 
 def keep_mask(seed: Tensor, dropout_p: float, M: int, N: int) -> Tensor:

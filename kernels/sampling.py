@@ -10,7 +10,9 @@ with no sort. Cost: the logits once, bound by memory; top-k and top-p each read 
 16 times (float32) more, from the cache.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -28,6 +30,8 @@ _LARGEST = tl.constexpr(2**31 - 1)
 _LEAST = tl.constexpr(-(2**31))
 _SERIES_BELOW = 2.0**-5
 _JUST_BELOW_ONE = 1 - 2.0**-24
+_GROUP = 16
+_FEW = 2**12
 
 # Gumbel noise is -log(e) with e = -log(1 - v), of v = word / 2^32 rather than of 1 - v: the tokens
 # that win have a small e, and float32 is fine near 0 and coarse near 1.
@@ -38,6 +42,33 @@ def _noise(words: Tensor) -> Tensor:
     v = (words.float() * 2.0**-32 + 2.0**-33).clamp(max=_JUST_BELOW_ONE)
     series = v * (1 + v * (0.5 + v * (1 / 3 + v * 0.25)))
     return -torch.where(v < _SERIES_BELOW, series, -(1 - v).log()).log()
+
+
+def _noise_of(seeds: Tensor, steps: Tensor, V: int) -> Tensor:
+    """The noise of each row's V tokens: (B, V)."""
+    quads = torch.arange(triton.cdiv(V, 4), device=steps.device)
+    words = words_of(seeds[:, None], (steps[:, None] << 32) + quads)
+    return _noise(words.reshape(len(steps), -1)[:, :V])
+
+
+@functools.lru_cache(maxsize=4)
+def _noise_of_group(seeds: tuple[int, ...], group: int, V: int) -> Tensor:
+    """The noise of _GROUP offsets in turn, on a CPU: (_GROUP, B, V)."""
+    steps = torch.arange(_GROUP).repeat_interleave(len(seeds)) + group * _GROUP
+    return _noise_of(torch.tensor(seeds).repeat(_GROUP), steps, V).view(_GROUP, len(seeds), V)
+
+
+def _noise_at(seeds: Tensor, steps: Tensor, V: int) -> Tensor:
+    """As ``_noise_of``; on a CPU, the next offsets' noise with the first's, and kept.
+
+    There some thousand words take as long as a few hundred, and generation will ask for them.
+    """
+    few = steps.device.type == "cpu" and 0 < steps.numel() * V <= _FEW
+    if few and not torch.compiler.is_compiling() and type(steps) is Tensor:
+        asked = steps.tolist()
+        if asked.count(asked[0]) == len(asked):
+            return _noise_of_group(tuple(seeds.tolist()), asked[0] // _GROUP, V)[asked[0] % _GROUP]
+    return _noise_of(seeds, steps, V)
 
 
 def _rows_setting(value: float | Tensor, dtype: torch.dtype, logits: Tensor) -> Tensor:
@@ -105,16 +136,41 @@ def reference(
 ) -> Tensor:
     """The same draw in eager PyTorch, by sorting: the same token where no two scores are close."""
     _check(logits, temperature, top_k, top_p, min_p, seed, offset)
+    return _drawn(logits, temperature, top_k, top_p, min_p, seed, offset, _noise_of)
+
+
+def _eager(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor = 0,
+) -> Tensor:
+    """The same, with noise drawn ahead where that is as quick."""
+    _check(logits, temperature, top_k, top_p, min_p, seed, offset)
+    return _drawn(logits, temperature, top_k, top_p, min_p, seed, offset, _noise_at)
+
+
+def _drawn(
+    logits: Tensor,
+    temperature: float | Tensor,
+    top_k: int | Tensor,
+    top_p: float | Tensor,
+    min_p: float | Tensor,
+    seed: int | Tensor | None,
+    offset: int | Tensor,
+    noise_of: Callable[[Tensor, Tensor, int], Tensor],
+) -> Tensor:
     x = logits.detach().float()
     if _is_off(temperature, 0.0):
         return x.argmax(1)
-    B, V = x.shape
     degrees = _rows_setting(temperature, torch.float32, logits)[:, None]
     kept = kept_tokens(x, degrees, top_k, top_p, min_p)
-    steps = _rows_setting(offset, torch.int64, logits)[:, None]
-    quads = torch.arange(triton.cdiv(V, 4), device=x.device)
-    words = words_of(_seeds(seed, logits)[:, None], (steps << 32) + quads)
-    scores = x + degrees * _noise(words.reshape(B, -1)[:, :V])
+    steps, seeds = _rows_setting(offset, torch.int64, logits), _seeds(seed, logits)
+    scores = x + degrees * noise_of(seeds, steps, x.shape[1])
     return scores.masked_fill(~kept, -math.inf).argmax(1)
 
 
@@ -126,6 +182,8 @@ def kept_tokens(
     min_p: float | Tensor = 0.0,
 ) -> Tensor:
     """Which of the float32 logits (B, V) the filters keep at temperatures ``degrees`` (B, 1)."""
+    if _is_off(top_k, 0) and _is_off(top_p, 1.0) and _is_off(min_p, 0.0):
+        return torch.ones_like(x, dtype=torch.bool)
     V = x.shape[1]
     floor = torch.full_like(x[:, :1], -math.inf)
     ordered = x.sort(1, descending=True).values
@@ -390,7 +448,7 @@ def _uncovered(
     return "there are no tokens" if logits.shape[1] == 0 else None
 
 
-@dispatched(eager=reference, uncovered=_uncovered)
+@dispatched(eager=_eager, uncovered=_uncovered)
 def sample(
     logits: Tensor,
     *,

@@ -46,19 +46,19 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The norm of ``x``."""
-        shape = self.weight.shape
+        weight = self.weight
         if self.layer:
-            return self.ops.layer_norm(x, shape, self.weight, self.bias, self.eps)
-        return self.ops.rms_norm(x, shape, self.weight, self.eps)
+            return self.ops.layer_norm(x, weight.shape, weight, self.bias, self.eps)
+        return self.ops.rms_norm(x, weight.shape, weight, self.eps)
 
     def add(self, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of ``dropout(branch) + stream``, and that sum."""
-        shape, p = self.weight.shape, self.dropout if self.training else 0.0
+        weight, p = self.weight, self.dropout if self.training else 0.0
         if self.layer:
             return self.ops.add_layer_norm(
-                branch, stream, shape, self.weight, self.bias, self.eps, dropout_p=p
+                branch, stream, weight.shape, weight, self.bias, self.eps, dropout_p=p
             )
-        return self.ops.add_rms_norm(branch, stream, shape, self.weight, self.eps, dropout_p=p)
+        return self.ops.add_rms_norm(branch, stream, weight.shape, weight, self.eps, dropout_p=p)
 
 
 class Attention(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastlm.kernels import OPS
 from fastlm.kernels._interpreter import interpreted
 from fastlm.lm import GPT, GPTConfig, KVCache
 from fastlm.lm.decode import Sampling, Step, agreed
@@ -320,3 +321,13 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert other.returncode == 0, other.stderr
     first = several.split("--- sample 2 of 2 ---")[0].removeprefix("--- sample 1 of 2 ---\n")
     assert other.stdout.decode() == first
+
+
+def test_noise_drawn_ahead_is_the_same():
+    """Offsets within a group and across its end, one seed and several, and ragged offsets."""
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    op = OPS["sample"]
+    for seed in (torch.tensor([4, 5, 6]), 7):
+        for offset in (0, 1, 15, 16, 33, torch.tensor([3, 40, 17])):
+            asked = {"seed": seed, "offset": offset, "top_k": 20}
+            assert torch.equal(op.fused(logits, **asked), op.reference(logits, **asked))
