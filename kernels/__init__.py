@@ -14,8 +14,8 @@ from . import softmax as _softmax
 from ._dispatch import backend, explain
 from ._op import Op
 from .activations import GELU, gelu, relu_squared
-from .adam import Adam, AdamW, adamw_step
-from .adam import step as _adam_step
+from .optim import Adam, AdamW, adamw_step
+from .optim import step as _adamw_step
 from .add_norm import add_layer_norm, add_rms_norm
 from .attention import decode as _decode
 from .attention import flash as _flash
@@ -58,7 +58,7 @@ OPS = {
         *_glu.OPS,
         _dropout.OP,
         _embedding.OP,
-        _adam_step.OP,
+        _adamw_step.OP,
     )
 }
 

@@ -587,7 +587,7 @@ def test_offsets_past_two_to_the_31_elements():
     """The last chunk of a tensor of 2^31 + 8200 bfloat16, in lazily mapped memory."""
     code = """
         import torch
-        from fastlm.kernels.adam import plan, step
+        from fastlm.kernels.optim import plan, step
         from fastlm.kernels._interpreter import interpreted
         n = 2**31 + 8200
         lists = [[torch.empty(n, dtype=torch.bfloat16)] for _ in range(4)]

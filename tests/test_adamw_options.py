@@ -185,7 +185,7 @@ def test_stochastic_rounding_differs_by_step_parameter_and_element():
 
 @pytest.mark.usefixtures("kernels")
 def test_stochastic_rounding_keeps_nan_and_block_sizes_do_not_matter(monkeypatch):
-    from fastlm.kernels.adam import plan
+    from fastlm.kernels.optim import plan
 
     def once():
         p = torch.nn.Parameter(torch.linspace(-1, 1, 3000).to(BF16))

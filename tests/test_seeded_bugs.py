@@ -299,7 +299,7 @@ POINTWISE = [
 BUGS = [
     *(Bug(op, f"attention.{kernel}", *rest) for op, kernel, *rest in ATTENTION),
     *(Bug(*row) for row in POINTWISE),
-    *(Bug("adamw_step", f"adam.kernels:{kernel}", *rest) for kernel, *rest in ADAMW),
+    *(Bug("adamw_step", f"optim.kernels:{kernel}", *rest) for kernel, *rest in ADAMW),
     *(Bug("softmax", f"softmax:{kernel}", *rest) for kernel, *rest in SOFTMAX),
     *(Bug("log_softmax", f"softmax:{kernel}", *rest) for kernel, *rest in LOG_SOFTMAX),
     *(Bug("add_layer_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_LAYER_NORM),

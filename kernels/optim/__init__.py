@@ -28,7 +28,7 @@ Cost, bound by memory, in bytes a parameter and step (p and g, states, extras):
     amsgrad +8 (float32 states); ema_decay +8; max_grad_norm + the gradient read once more
 """
 
-from .optimizer import Adam, AdamW
+from .adam import Adam, AdamW
 from .step import adamw_step
 
 __all__ = ["Adam", "AdamW", "adamw_step"]
