@@ -14,8 +14,6 @@ from . import softmax as _softmax
 from ._dispatch import backend, explain
 from ._op import Op
 from .activations import GELU, gelu, relu_squared
-from .optim import Adam, AdamW, adamw_step
-from .optim import step as _adamw_step
 from .add_norm import add_layer_norm, add_rms_norm
 from .attention import decode as _decode
 from .attention import flash as _flash
@@ -34,6 +32,10 @@ from .dropout import Dropout, dropout
 from .embedding import Embedding, embedding
 from .glu import geglu, swiglu
 from .layer_norm import LayerNorm, layer_norm
+from .optim import Adam, AdamW, Lion, Muon, adamw_step, lion_step, muon_step
+from .optim import lion as _lion
+from .optim import muon as _muon
+from .optim import step as _adamw_step
 from .rms_norm import RMSNorm, rms_norm
 from .rotary import rotary_embedding
 from .softmax import log_softmax, softmax
@@ -59,6 +61,8 @@ OPS = {
         _dropout.OP,
         _embedding.OP,
         _adamw_step.OP,
+        _lion.OP,
+        _muon.OP,
     )
 }
 
@@ -70,6 +74,8 @@ __all__ = [
     "Dropout",
     "Embedding",
     "LayerNorm",
+    "Lion",
+    "Muon",
     "Op",
     "RMSNorm",
     "adamw_step",
@@ -86,8 +92,10 @@ __all__ = [
     "geglu",
     "gelu",
     "layer_norm",
+    "lion_step",
     "log_softmax",
     "merge_attention",
+    "muon_step",
     "register",
     "relu_squared",
     "rms_norm",

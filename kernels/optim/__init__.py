@@ -29,6 +29,8 @@ Cost, bound by memory, in bytes a parameter and step (p and g, states, extras):
 """
 
 from .adam import Adam, AdamW
+from .lion import Lion, lion_step
+from .muon import Muon, muon_step
 from .step import adamw_step
 
-__all__ = ["Adam", "AdamW", "adamw_step"]
+__all__ = ["Adam", "AdamW", "Lion", "Muon", "adamw_step", "lion_step", "muon_step"]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 from torch.optim.optimizer import ParamsT
 
-from .fused import _OPTIONS, Fused, StateDtype
+from .fused import OPTIONS, Fused, StateDtype, unscaled
 from .step import adamw_step, all_suit_torch_fused
 
 
@@ -40,10 +40,10 @@ def torchs_step(
         fused = all_suit_torch_fused(lists)
     # Clipping leaves the gradients alone, where torch's fused step would write them.
     if group.get("max_grad_norm") is not None or (not fused and not torch_chooses):
-        if found_inf is not None and found_inf.item():
+        grads = unscaled(lists[1], grad_scale, found_inf)
+        if grads is None:
             return
-        if grad_scale is not None:
-            lists[1] = [g / grad_scale for g in lists[1]]
+        lists[1] = grads
         grad_scale = found_inf = None
     betas = [float(b) if fused else b for b in group["betas"]]
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = lists
@@ -94,7 +94,7 @@ class _AdamStep(Fused):
 
     def _traced_step(self) -> bool:
         """The step as torch.compile sees it: one operator a group."""
-        if any(option in self.defaults for option in _OPTIONS):
+        if any(option in self.defaults for option in OPTIONS):
             return False
         for group in self.param_groups:
             lists, _ = lists_of(self, group, group["params"])

@@ -28,8 +28,8 @@ _LEAST_CODED = 4096  # elements: what is smaller costs nothing in float32
 
 # What torch's own steps cannot do, and all options beyond torch's.
 _BEYOND_TORCH = ("state_dtype", "master", "rounding", "ema_decay", "cautious")
-_OPTIONS = (*_BEYOND_TORCH, "seed", "max_grad_norm")
-_FLAGS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay", *_BEYOND_TORCH)
+OPTIONS = (*_BEYOND_TORCH, "seed", "max_grad_norm")
+FLAGS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay", *_BEYOND_TORCH)
 
 _HEALTH_CHECK = next(  # torch 2.13 renamed it
     name
@@ -91,7 +91,7 @@ class Fused(torch.optim.Optimizer):
 
     _planned: _Planned | None = None
     _last_grad_norm: Tensor | None = None
-    _flags: tuple[str, ...] = _FLAGS  # of a group: a plan is made for their values
+    _flags: tuple[str, ...] = FLAGS  # of a group: a plan is made for their values
 
     # --- what each optimizer says of itself -----------------------------------------------------
 
@@ -358,6 +358,7 @@ class Fused(torch.optim.Optimizer):
             ema=get("ema"), m_scale=get(f"{MOMENTS[algorithm][0]}_scale"),
             v_scale=get("exp_avg_sq_scale"), cautious=bool(group.get("cautious")),
             iteration=self._iteration(group), place=place_of(p),
+            sharded=p if algorithm == "muon" and is_dtensor(p) else None,
         )  # fmt: skip
 
     def _uncovered(
@@ -380,6 +381,8 @@ class Fused(torch.optim.Optimizer):
             place = place_of(p)
             if place is not None and not place.run:
                 reason = f"no index of an element is known for placements {p.placements}"  # type: ignore[attr-defined]
+        if self._algorithm(group) == "muon":
+            reason = reason or _unfit_matrix(group, p)
         tensors = list(map(local, tensors))
         return (
             reason
@@ -398,8 +401,15 @@ class Fused(torch.optim.Optimizer):
             self._finish_state(group, p, self.state[p])
         return self.state[p]
 
+    def _new_step(self, group: dict[str, Any], p: Tensor) -> Tensor:
+        """A count of 0 where torch.optim.Adam would have it."""
+        on_device = group.get("fused") or group.get("capturable")
+        return torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
+
     def _finish_state(self, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
         """Gives running means their dtype, and adds master weights and the average of weights."""
+        if "step" not in state:  # torch's Muon counts none
+            state["step"] = self._new_step(group, p)
         asked = group.get("state_dtype")
         asked_or_own = p.dtype if asked is None else torch.float32 if asked == "8bit" else asked
         for name in MOMENTS[self._algorithm(group)]:
@@ -464,7 +474,7 @@ class Fused(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # a checkpoint of torch's has none of these
-            for option in _OPTIONS:
+            for option in OPTIONS:
                 if option in self.defaults:
                     group.setdefault(option, self.defaults[option])
 
@@ -522,8 +532,26 @@ def advance(steps: list[Tensor], found_inf: Tensor | None) -> None:
         torch._foreach_add_(steps, 1)
 
 
+def unscaled(
+    grads: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
+) -> list[Tensor] | None:
+    """The gradients over GradScaler's scale; None where a step is to be left out."""
+    if found_inf is not None and found_inf.item():
+        return None
+    return grads if grad_scale is None else [g / grad_scale for g in grads]
+
+
 def _moved(t: Tensor | None, device: torch.device) -> Tensor | None:
     return None if t is None else t.to(device, non_blocking=True)
+
+
+def _unfit_matrix(group: dict[str, Any], p: Tensor) -> str | None:
+    """Why the iteration of the kernels cannot be Muon's, or None."""
+    if group["ns_steps"] < 1:
+        return f"ns_steps={group['ns_steps']}"
+    if is_dtensor(p) and not local(p).is_contiguous():
+        return "a part of a DTensor that is not contiguous"
+    return None
 
 
 def _kept(state: dict[str, Any], name: str) -> str:

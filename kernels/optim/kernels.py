@@ -13,8 +13,11 @@ from .rounding import (
     joined,
     rounded_at_random,
     rounded_at_random_in_runs,
+    scale_places,
     split,
 )
+
+THREADS = tl.constexpr(128)  # of a program, in four warps
 
 # Rows of the table of tensors. Of a matrix that Muon updates, V is where its direction goes, in
 # bfloat16, to be orthogonalized and come back.
@@ -130,14 +133,15 @@ def _load_state(
     """A running mean as float32."""
     offs = first + tl.arange(0, BLOCK)
     if CODED:
-        blocks = first // CODE_BLOCK + tl.arange(0, BLOCK // CODE_BLOCK)
+        EACH: tl.constexpr = BLOCK // THREADS
+        places = scale_places(first, BLOCK, EACH)
         if MASKED:
             codes = tl.load(ptr + offs, mask=offs < n, other=0)
-            scale = tl.load(scale_ptr + blocks, mask=blocks * CODE_BLOCK < n, other=0.0)
+            scale = tl.load(scale_ptr + places, mask=places * CODE_BLOCK < n, other=0.0)
         else:
             codes = tl.load(ptr + offs)
-            scale = tl.load(scale_ptr + blocks)
-        x = decoded(codes, scale, SIGNED, BLOCK)
+            scale = tl.load(scale_ptr + places)
+        x = decoded(codes, scale, SIGNED, BLOCK, EACH)
     else:
         x = _load(ptr, offs, n, MASKED)
     return x
@@ -150,16 +154,18 @@ def _store_state(
 ):  # fmt: skip
     offs = first + tl.arange(0, BLOCK)
     if CODED:
-        blocks = first // CODE_BLOCK + tl.arange(0, BLOCK // CODE_BLOCK)
+        EACH: tl.constexpr = BLOCK // THREADS
+        places = scale_places(first, BLOCK, EACH)
+        once = tl.arange(0, THREADS) % (CODE_BLOCK // EACH) == 0
         if MASKED:  # a gradient of 0 * inf beyond the end must not reach a scale
             x = tl.where(offs < n, x, 0.0)
-        codes, scale = encoded(x, SIGNED, BLOCK)
+        codes, scale = encoded(x, SIGNED, BLOCK, EACH)
         if MASKED:
             tl.store(ptr + offs, codes, mask=offs < n)
-            tl.store(scale_ptr + blocks, scale, mask=blocks * CODE_BLOCK < n)
+            tl.store(scale_ptr + places, scale, mask=(places * CODE_BLOCK < n) & once)
         else:
             tl.store(ptr + offs, codes)
-            tl.store(scale_ptr + blocks, scale)
+            tl.store(scale_ptr + places, scale, mask=once)
     else:
         _store(ptr, offs, n, x, MASKED)
 

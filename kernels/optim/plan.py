@@ -22,7 +22,7 @@ from .kernels import (
     update_kernel,
 )
 from .newton_schulz import orthogonalize
-from .sharding import Place, all_reduced
+from .sharding import Place, all_reduced, gathered_batch, part_of_batch
 
 _CHUNK = 8192  # elements a program; unmeasured
 _WARPS = 4
@@ -64,6 +64,7 @@ class Row(NamedTuple):
     cautious: bool = False
     iteration: Iteration | None = None  # of "muon"
     place: Place | None = None  # where it stands in the whole tensor, if it is a part
+    sharded: Tensor | None = None  # the DTensor of which "muon" needs the whole
 
 
 class _Kind(NamedTuple):
@@ -87,8 +88,7 @@ class _Kind(NamedTuple):
 
         Four where dtypes differ: eight would pass through shared memory.
         """
-        floats = {d for d in dtypes if d != torch.uint8}
-        return 8 if len(floats) == 1 and floats.pop().itemsize == 2 and not extras else 4
+        return 8 if len(set(dtypes)) == 1 and dtypes[0].itemsize == 2 and not extras else 4
 
     @property
     def block(self) -> int:
@@ -107,9 +107,10 @@ class _Bucket(NamedTuple):
 class _Batch(NamedTuple):
     """Matrices of one shape, whose directions stand one behind the other."""
 
-    directions: Tensor  # (matrices, rows, columns) bfloat16
+    directions: Tensor  # (matrices, rows, columns) bfloat16, of the rows that are here
     first: int  # of their slots
     iteration: Iteration
+    like: Tensor | None  # a DTensor placed as each is
 
 
 def is_dense(t: Tensor) -> bool:
@@ -204,15 +205,17 @@ class Plan:
         """Room for the directions of the matrices, those of one shape together."""
         alike: dict[Any, list[int]] = {}
         for i, row in enumerate(rows):
-            if row.iteration is not None and row.p.numel():
+            if row.iteration is not None and (row.p.numel() or row.sharded is not None):
                 # A matrix and its transpose share their memory, and the iteration does not mind.
                 columns_first = row.p.stride(0) < row.p.stride(1) and is_dense(row.p)
-                shape = tuple(row.p.T.shape if columns_first else row.p.shape)
-                alike.setdefault((shape, row.iteration), []).append(i)
-        batches, directions = [], {}
-        for (shape, iteration), members in alike.items():
-            room = torch.empty(len(members), *shape, dtype=torch.bfloat16, device=self.device)
-            batches.append(_Batch(room, len(directions), iteration))
+                here = tuple(row.p.T.shape if columns_first else row.p.shape)
+                whole = None if row.sharded is None else (row.sharded.shape, row.place)
+                alike.setdefault((here, whole, row.iteration), []).append(i)
+        batches: list[_Batch] = []
+        directions: dict[int, Tensor] = {}
+        for (here, _, iteration), members in alike.items():
+            room = torch.empty(len(members), *here, dtype=torch.bfloat16, device=self.device)
+            batches.append(_Batch(room, len(directions), iteration, rows[members[0]].sharded))
             directions |= dict(zip(members, room.unbind(), strict=True))
         return batches, directions
 
@@ -398,5 +401,10 @@ class Plan:
             sums[slots] = shared_sums
         for batch in self.batches:
             _, coefficients, steps, eps = batch.iteration
-            last = batch.first + len(batch.directions)
-            orthogonalize(batch.directions, sums[batch.first : last], coefficients, steps, eps)
+            squares = sums[batch.first : batch.first + len(batch.directions)]
+            if batch.like is None:
+                orthogonalize(batch.directions, squares, coefficients, steps, eps)
+            else:
+                whole = gathered_batch(batch.directions, batch.like)
+                orthogonalize(whole, squares, coefficients, steps, eps)
+                batch.directions.copy_(part_of_batch(whole, batch.like))

@@ -87,8 +87,17 @@ def split(x):
 
 
 @triton.jit
-def decoded(codes, scale, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Float32 of one byte each and a scale for each CODE_BLOCK of them."""
+def scale_places(first, BLOCK: tl.constexpr, EACH: tl.constexpr):
+    """For each thread, which holds EACH codes of a block, the number of their scale.
+
+    Scales that each thread loads for itself pass through no shared memory.
+    """
+    return (first + tl.arange(0, BLOCK // EACH) * EACH) // CODE_BLOCK
+
+
+@triton.jit
+def decoded(codes, scale, SIGNED: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr):
+    """Float32 of one byte each and the scales at ``scale_places``."""
     codes = codes.to(tl.int32)
     if SIGNED:
         size = codes & 0x7F
@@ -99,32 +108,34 @@ def decoded(codes, scale, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
     x = tl.where(size == 0, 0.0, bits.to(tl.float32, bitcast=True))
     if SIGNED:
         x = tl.where(codes > 127, -x, x)
-    blocks = tl.reshape(x, [BLOCK // CODE_BLOCK, CODE_BLOCK]) * scale[:, None]
-    return tl.reshape(blocks, [BLOCK])
+    x = tl.reshape(x, [BLOCK // EACH, EACH]) * scale[:, None]
+    return tl.reshape(x, [BLOCK])
 
 
 @triton.jit
-def encoded(x, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def encoded(x, SIGNED: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr):
     """The nearest byte of each element, and the scales; what is not 0 and unsigned gets no 0.
 
     An exp_avg_sq that vanished beside an exp_avg that did not would make a step of 1 / eps.
     A block with a NaN has a NaN for scale, and is NaN when it is decoded.
     """
-    blocks = tl.reshape(x, [BLOCK // CODE_BLOCK, CODE_BLOCK])
+    BLOCKS: tl.constexpr = BLOCK // CODE_BLOCK
+    x = tl.reshape(x, [BLOCKS, CODE_BLOCK // EACH, EACH])
     # As integers, of which a NaN is the largest: tl.max of floats would drop it.
-    bits = blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    scale = tl.max(bits, 1).to(tl.float32, bitcast=True)
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    scale = tl.max(tl.max(bits, 2), 1).to(tl.float32, bitcast=True)
+    scale = scale[:, None] + tl.zeros([1, CODE_BLOCK // EACH], tl.float32)
     inverse = tl.where(scale >= _TINY, 1.0 / scale, 0.0)
-    size = (tl.abs(blocks) * inverse[:, None]).to(tl.int32, bitcast=True)
+    size = (tl.abs(x) * inverse[:, :, None]).to(tl.int32, bitcast=True)
     size = (size + _HALF) >> _DROPPED
     if SIGNED:
         codes = tl.minimum(tl.maximum(size - (_ONE - 127), 0), 127)
-        codes = tl.where(blocks < 0.0, codes + 128, codes)
+        codes = tl.where(x < 0.0, codes + 128, codes)
     else:
-        least = tl.where(blocks > 0.0, 1, 0)
+        least = tl.where(x > 0.0, 1, 0)
         codes = tl.minimum(tl.maximum(size - (_ONE - 255), least), 255)
     scale = tl.where(scale < _TINY, 0.0, scale)
-    return tl.reshape(codes, [BLOCK]).to(tl.uint8), scale
+    return tl.reshape(codes, [BLOCK]).to(tl.uint8), tl.reshape(scale, [BLOCK // EACH])
 
 
 def decoded_tensor(codes: Tensor, scale: Tensor, *, signed: bool) -> Tensor:

@@ -106,3 +106,35 @@ def gathered(t: Tensor | None) -> Tensor | None:
         whole: Tensor = t.full_tensor()  # type: ignore[attr-defined]
         return whole
     return t
+
+
+def _behind_a_batch(p: Any) -> list[Any]:
+    """The placements of a batch of tensors that are each placed as ``p``."""
+    from torch.distributed.tensor import Shard
+
+    return [Shard(t.dim + 1) if t.is_shard() else t for t in p.placements]
+
+
+def gathered_batch(parts: Tensor, p: Any) -> Tensor:
+    """The whole of a batch of which every process has parts, placed as ``p``: one collective."""
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size([len(parts), *p.shape])
+    strides = torch.empty(shape, device="meta").stride()
+    placements = _behind_a_batch(p)
+    batch = DTensor.from_local(
+        parts, p.device_mesh, placements, run_check=False, shape=shape, stride=strides
+    )
+    return batch.full_tensor().contiguous()
+
+
+def part_of_batch(whole: Tensor, p: Any) -> Tensor:
+    """This process's parts of a whole batch."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        whole.shape, p.device_mesh, _behind_a_batch(p)
+    )
+    for dim, (size, first) in enumerate(zip(shape, offset, strict=True)):
+        whole = whole.narrow(dim, first if size else 0, size)
+    return whole
