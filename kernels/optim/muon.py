@@ -307,7 +307,8 @@ class Muon(Fused):
         for use_muon, part in zip((True, False), parts, strict=True):
             if part or not (given or use_muon):
                 own = {} if use_muon else _of_adamw(self.defaults)
-                self._add_one({**own, **param_group, **own, "params": part, "use_muon": use_muon})
+                own |= {"betas": param_group["betas"]} if "betas" in param_group else {}
+                self._add_one({**param_group, **own, "params": part, "use_muon": use_muon})
 
     def _add_one(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict) and not param_group["use_muon"]:

@@ -187,19 +187,18 @@ class Plan:
             if any(n for _, n in tensors)
         ]
         self.sums: Tensor | None = None
-        self.shared_slots = [
-            (groups, torch.tensor([columns[i][SLOT_ROW.value] for i in members]).to(self.device))
-            for groups in self.groups
-            if groups
-            and (
-                members := [
-                    i for i, row in enumerate(rows) if row.place and row.place.groups == groups
-                ]
-            )
-        ]
         if any(kind.cautious or kind.algorithm == "muon" for kind in members):
             self.parts = torch.empty(self.chunks, dtype=torch.float32, device=self.device)
             self.sums = torch.empty(self.size, dtype=torch.float32, device=self.device)
+        self.shared_slots: list[tuple[tuple[Any, ...], Tensor]] = []  # sums over processes
+        for groups in self.groups if self.sums is not None else ():
+            slots = [
+                columns[i][SLOT_ROW.value]
+                for i, row in enumerate(rows)
+                if row.place and row.place.groups == groups
+            ]
+            if groups:
+                self.shared_slots.append((groups, _uploaded(slots, torch.int64, self.device)))
 
     def _batches(self, rows: Sequence[Row]) -> tuple[list[_Batch], dict[int, Tensor]]:
         """Room for the directions of the matrices, those of one shape together."""
