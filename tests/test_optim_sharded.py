@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-
 # One process pair for all cases: starting one costs more than a case.
 SCRIPT = """
 import sys
@@ -56,7 +55,9 @@ def same(runs, exact):
         pairs |= {name: (t, second.state[q][name]) for name, t in first.state[p].items()}
         for name, (x, y) in pairs.items():
             tolerances = {"rtol": 0, "atol": 0} if exact else {}
-            torch.testing.assert_close(whole_of(x), whole_of(y), **tolerances, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(
+                whole_of(x), whole_of(y), **tolerances, msg=lambda m: f"{name}: {m}"
+            )
 
 with interpreted():
     runs = pair(AdamW, lr=1e-2, max_grad_norm=0.5)

@@ -28,6 +28,7 @@ _LEAST_CODED = 4096  # elements: what is smaller costs nothing in float32
 
 # What torch's own steps cannot do, and all options beyond torch's.
 _BEYOND_TORCH = ("state_dtype", "master", "rounding", "ema_decay", "cautious")
+_PRECISION = ("state_dtype", "master")
 OPTIONS = (*_BEYOND_TORCH, "seed", "max_grad_norm")
 FLAGS = ("amsgrad", "foreach", "fused", "differentiable", "decoupled_weight_decay", *_BEYOND_TORCH)
 
@@ -285,13 +286,8 @@ class Fused(torch.optim.Optimizer):
                     key = (i, self._lr_ratio(group, p))
                     row = self._row(group, p, state, hyper.setdefault(key, len(hyper)), places[p])
                     rows.setdefault(row.p.device, []).append((places[p], row))
-                elif _dispatch._backend == "triton" or any(group.get(o) for o in _BEYOND_TORCH):
-                    name = type(self).__name__
-                    asked = 'backend "triton"'
-                    if _dispatch._backend != "triton":
-                        asked = next(f"{o}={group[o]!r}" for o in _BEYOND_TORCH if group.get(o))
-                    raise RuntimeError(f"{name}: {asked} cannot run this step: {reason}")
                 else:
+                    self._check_torch_may(group, reason)
                     eager[-1].append(p)
         max_norm = self._max_grad_norm()
         if max_norm is not None and len(rows) + any(eager) > 1:  # the norm is of all gradients
@@ -299,16 +295,14 @@ class Fused(torch.optim.Optimizer):
                 [p for p in group["params"] if p.grad is not None] for group in self.param_groups
             ]
             rows = {}
-        plans, host_steps = [], []
+        plans: list[tuple[Plan, list[int]]] = []
+        host_steps: list[Tensor] = []
         for members in rows.values():
             plan = Plan([row for _, row in members])
             plan.take_gradients([row.g for _, row in members])
             plans.append((plan, [place for place, _ in members]))
             if plan.host_steps:
-                together = torch.stack([members[j][1].step for j in plan.host_steps])
-                for j, step in zip(plan.host_steps, together.unbind(), strict=True):
-                    self.state[params[members[j][0]]]["step"] = step
-                host_steps.append(together)
+                host_steps.append(self._joined_steps(plan, [params[i] for i, _ in members]))
         written = [params[place] for members in rows.values() for place, _ in members]
         sharded = any(map(is_dtensor, written))
         tensors = self._tensors_of(written)
@@ -327,6 +321,22 @@ class Fused(torch.optim.Optimizer):
             versions=[steps._version for steps in host_steps],
             eager=eager,
         )
+
+    def _joined_steps(self, plan: Plan, params: list[Tensor]) -> Tensor:
+        """Makes the counts that the kernels cannot reach views of one vector, to count all."""
+        states = [self.state[params[i]] for i in plan.host_steps]
+        together = torch.stack([state["step"] for state in states])
+        for state, step in zip(states, together.unbind(), strict=True):
+            state["step"] = step
+        return together
+
+    def _check_torch_may(self, group: dict[str, Any], reason: str) -> None:
+        """Raises where PyTorch's step is not what was asked for."""
+        asked = [f"{option}={group[option]!r}" for option in _BEYOND_TORCH if group.get(option)]
+        if _dispatch._backend == "triton":
+            asked = ['backend "triton"']
+        if asked:
+            raise RuntimeError(f"{type(self).__name__}: {asked[0]} cannot run this step: {reason}")
 
     def _tensors_of(
         self, params: list[Tensor]
@@ -410,6 +420,11 @@ class Fused(torch.optim.Optimizer):
         """Gives running means their dtype, and adds master weights and the average of weights."""
         if "step" not in state:  # torch's Muon counts none
             state["step"] = self._new_step(group, p)
+        self._convert_means(group, p, state)
+        self._add_extras(group, p, state)
+
+    def _convert_means(self, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
+        """Gives running means the dtype that the group asks for, or bytes."""
         asked = group.get("state_dtype")
         asked_or_own = p.dtype if asked is None else torch.float32 if asked == "8bit" else asked
         for name in MOMENTS[self._algorithm(group)]:
@@ -422,6 +437,9 @@ class Fused(torch.optim.Optimizer):
                 state[name] = state[name].to(asked_or_own)
         if "max_exp_avg_sq" in state and asked not in (None, "8bit"):
             state["max_exp_avg_sq"] = state["max_exp_avg_sq"].to(asked)
+
+    def _add_extras(self, group: dict[str, Any], p: Tensor, state: dict[str, Any]) -> None:
+        """Master weights and the average, where the group asks for them and they are missing."""
         master = group.get("master") if p.dtype in (torch.bfloat16, torch.float16) else None
         if master == "split" and p.dtype != torch.bfloat16:
             name = type(self).__name__
@@ -482,14 +500,21 @@ class Fused(torch.optim.Optimizer):
         """Loads torch's state_dict or this class's, of any precision.
 
         torch casts states to their parameter's dtype. A state that was saved in float32, in
-        ``state_dtype``, or as a master weight keeps its bits where this optimizer holds it so.
+        ``state_dtype``, or as a master weight keeps its bits where this optimizer holds it so:
+        ``state_dtype`` and ``master`` stay this optimizer's own, and all else is loaded.
         """
+        own = [{name: g.get(name) for name in _PRECISION} for g in self.param_groups]
         kept: dict[str, Any] = {}
         hook = self.register_load_state_dict_pre_hook(lambda _, given: kept.update(given))
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        for group, precision in zip(self.param_groups, own, strict=True):
+            for name, value in precision.items():
+                group.pop(name, None)
+                if value is not None:
+                    group[name] = value
         ids = [i for group in kept["param_groups"] for i in group["params"]]
         places = [(group, p) for group in self.param_groups for p in group["params"]]
         for i, (group, p) in zip(ids, places, strict=True):

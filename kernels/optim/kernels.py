@@ -38,7 +38,7 @@ ADAM, ADAMW, UNCORRECTED = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
-def prepare_kernel(
+def prepare_kernel(  # noqa: PLR0915
     table_ptr, hyper_ptr, scalars_ptr, grad_scale_ptr, found_inf_ptr, squares_ptr, norm_ptr,
     NT, parts, max_norm,
     HAS_SCALE: tl.constexpr, HAS_FOUND: tl.constexpr, CLIPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -346,7 +346,7 @@ def momentum_kernel(
 
 
 @triton.jit
-def _update(
+def _update(  # noqa: C901
     p_ptr, g_ptr, m_ptr, v_ptr, vmax_ptr, m_scale_ptr, v_scale_ptr, master_ptr, ema_ptr,
     start, first, n, base, run, pitch,
     step_size, inv_sqrt_bc2, decay, c1, c2, eps, g_factor, c_ema, agreement, seed, t, number,
@@ -406,7 +406,7 @@ def _update(
 
 
 @triton.jit
-def update_kernel(
+def update_kernel(  # noqa: C901, PLR0915
     table_ptr, chunks_ptr, scalars_ptr, agreeing_ptr,
     NT, seed,
     P: tl.constexpr, G: tl.constexpr, S: tl.constexpr,

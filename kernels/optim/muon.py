@@ -411,22 +411,24 @@ def _example(
     } | options
 
 
+def _multiply_adds(rows: int, columns: int) -> int:
+    """Of one iteration, whose two symmetric products cost half."""
+    M, N = sorted((rows, columns))
+    return (3 * M * M * N + M**3) // 2
+
+
 OP = Op(
     fused=muon_step,
     reference=reference,
     example=_example,
     sizes=(
-        {"shapes": ((1, 1),)},
-        {"shapes": ((33, 70), (0, 3), (33, 70), (160, 40))},
-        {"shapes": ((140, 131),), "nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
+        {"shapes": ((1, 1),), "ns_steps": 1},
+        {"shapes": ((9, 30), (0, 3), (9, 30), (40, 20)), "ns_steps": 2},
+        {"shapes": ((131, 140),), "ns_steps": 1, "nesterov": False, "adjust_lr_fn": "original"},
     ),
     bench_sizes=({"shapes": 12 * ((2304, 768), (768, 768), (3072, 768), (768, 3072))},),
     work=lambda params, grads, momentum_bufs, ns_steps=5, **_: (
         sum(2 * t.nbytes for t in (*params, *momentum_bufs)) + sum(g.nbytes for g in grads),
-        sum(
-            2 * ns_steps * (3 * min(p.shape) + min(p.shape) ** 2 // max(p.shape)) * p.numel() // 2
-            for p in params
-            if p.numel()
-        ),
+        sum(2 * ns_steps * _multiply_adds(*p.shape) for p in params),
     ),
 )

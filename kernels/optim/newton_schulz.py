@@ -9,8 +9,8 @@ A and B are symmetric: a program computes a tile on or below the diagonal and st
 sides, so the two products cost half. A tall matrix is read as its transpose, by its strides.
 bfloat16 with float32 sums, as torch.optim.Muon; the norm is taken in float32.
 
-Cost, bound by the tensor cores: 3 M^2 N + M^3 multiply-adds an iteration (of 4 M^2 N + 2 M^3 times
-1/2 each for full products), three launches an iteration for all matrices of a shape.
+Cost, bound by the tensor cores: (3 M^2 N + M^3) / 2 multiply-adds an iteration, where full products
+take 2 M^2 N + M^3; three launches an iteration for all matrices of a shape.
 """
 
 import torch

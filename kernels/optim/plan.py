@@ -102,6 +102,7 @@ class _Bucket(NamedTuple):
 
     kind: _Kind
     chunks: Tensor
+    count: int  # of chunks
 
 
 class _Batch(NamedTuple):
@@ -258,7 +259,7 @@ class Plan:
 
     def _bucket(self, kind: _Kind, members: list[tuple[int, int]]) -> _Bucket:
         chunks = [(i, c) for i, n in members for c in range(triton.cdiv(n, _CHUNK))]
-        return _Bucket(kind, _uploaded(chunks, torch.int32, self.device))
+        return _Bucket(kind, _uploaded(chunks, torch.int32, self.device), len(chunks))
 
     def take_gradients(self, grads: Sequence[Tensor]) -> bool:
         """Points the table at these gradients; False where one differs in more than its address."""
@@ -329,7 +330,7 @@ class Plan:
         for bucket in self.buckets:
             kind = bucket.kind
             muon = kind.algorithm == "muon"
-            update_kernel[(len(bucket.chunks),)](
+            update_kernel[(bucket.count,)](
                 self.table, bucket.chunks, self.scalars, self.sums if kind.cautious else None,
                 self.size, seed,
                 P=_TRITON_DTYPES[kind.p], G=tl.bfloat16 if muon else _TRITON_DTYPES[kind.g],
@@ -347,7 +348,7 @@ class Plan:
 
         Parts of sharded tensors are summed over all processes, in one reduction for each mesh.
         """
-        programs = [min(len(bucket.chunks), _NORM_PROGRAMS) for bucket in self.buckets]
+        programs = [min(bucket.count, _NORM_PROGRAMS) for bucket in self.buckets]
         if self.squares is None:
             self.squares = torch.empty(sum(programs), dtype=torch.float32, device=self.device)
         self.norm = torch.empty((), dtype=torch.float32, device=self.device)
@@ -356,7 +357,7 @@ class Plan:
             kind, first = bucket.kind, ends[-1] if ends else 0
             squares_kernel[(count,)](
                 self.table, bucket.chunks, self.squares[first:],
-                self.size, len(bucket.chunks),
+                self.size, bucket.count,
                 G=_TRITON_DTYPES[kind.g], ALIGNED=kind.aligned, CHUNK=_CHUNK,
                 BLOCK=32 * _WARPS * kind.elements(kind.g, extras=False), num_warps=_WARPS,
             )  # fmt: skip
@@ -382,17 +383,17 @@ class Plan:
             }  # fmt: skip
             arguments = (self.table, bucket.chunks, self.scalars, self.parts, self.size)
             if kind.cautious:
-                agreement_kernel[(len(bucket.chunks),)](
+                agreement_kernel[(bucket.count,)](
                     *arguments, P=_TRITON_DTYPES[kind.p], ALGORITHM=kind.algorithm,
                     MASTER=kind.master, BLOCK=kind.block, **shared,
                 )  # fmt: skip
             elif kind.algorithm == "muon":
                 elements = kind.elements(kind.g, kind.s, torch.bfloat16, extras=False)
-                momentum_kernel[(len(bucket.chunks),)](
+                momentum_kernel[(bucket.count,)](
                     *arguments, NESTEROV=kind.nesterov, BLOCK=32 * _WARPS * elements, **shared
                 )
         sum_chunks_kernel[(self.size,)](
-            self.table, self.parts, sums, self.size, CHUNK=_CHUNK, BLOCK=1024, num_warps=_WARPS
+            self.table, self.parts, sums, self.size, CHUNK=_CHUNK, BLOCK=256, num_warps=_WARPS
         )
         for groups, slots in self.shared_slots:
             shared_sums = sums[slots]
