@@ -219,7 +219,7 @@ def test_pytorchs_own_configurations_and_errors():
             continue  # here such a parameter is AdamW's
         expect = pytest.warns if issubclass(error.error_type, Warning) else pytest.raises
         with expect(error.error_type, match=error.error_regex):
-            Muon(given.params, **given.kwargs)
+            Muon(given.params, **given.kwargs).step()
     for given in info.optim_inputs_func(device="cpu"):
         a = parameters(((12, 20),))
         b = twins(a)
