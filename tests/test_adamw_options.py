@@ -346,10 +346,10 @@ MACHINE_CODE = [
     (FP32, {"ema_decay": 0.99}, 5),
     (FP32, {"cautious": True}, 4),
 ]
-TARGETS = [  # every mode on one target, and four modes on all
+TARGETS = [  # every mode on one target, and three modes on three
     pytest.param(*mode, target, id=f"{mode[0]}-{mode[1]}-{target}")
     for i, mode in enumerate(MACHINE_CODE)
-    for target in (("sm80", "sm90", "sm100", "sm120") if i < 4 else ("sm90",))
+    for target in (("sm80", "sm90", "sm100") if 0 < i < 4 else ("sm90",))
 ]
 
 

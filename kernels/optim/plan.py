@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -101,8 +100,9 @@ class _Bucket(NamedTuple):
     """The launch of the tensors that one compiled kernel can share."""
 
     kind: _Kind
+    constants: dict[str, Any]  # of the update
     chunks: Tensor
-    count: int  # of chunks
+    programs: int  # one a chunk
 
 
 class _Batch(NamedTuple):
@@ -164,7 +164,7 @@ class Plan:
                  *place[:4], i]
             )  # fmt: skip
             members.setdefault(kind, []).append((i, n))
-            self.chunks += triton.cdiv(n, _CHUNK)
+            self.chunks += -(-n // _CHUNK)
 
         # Steps that the kernel cannot reach (on the host, as torch keeps them) have a copy it can.
         self.mirror: Tensor | None = None
@@ -258,8 +258,17 @@ class Plan:
         return work
 
     def _bucket(self, kind: _Kind, members: list[tuple[int, int]]) -> _Bucket:
-        chunks = [(i, c) for i, n in members for c in range(triton.cdiv(n, _CHUNK))]
-        return _Bucket(kind, _uploaded(chunks, torch.int32, self.device), len(chunks))
+        chunks = [(i, c) for i, n in members for c in range(-(-n // _CHUNK))]
+        muon = kind.algorithm == "muon"
+        constants = {
+            "P": _TRITON_DTYPES[kind.p], "S": _TRITON_DTYPES[kind.s],
+            "G": tl.bfloat16 if muon else _TRITON_DTYPES[kind.g],
+            "ALGORITHM": kind.algorithm, "CODED": kind.s == torch.uint8 and not muon,
+            "AMSGRAD": kind.amsgrad, "CAUTIOUS": kind.cautious, "MASTER": kind.master,
+            "RANDOM": kind.random, "EMA": kind.ema, "ALIGNED": kind.aligned,
+            "CHUNK": _CHUNK, "BLOCK": kind.block, "num_warps": _WARPS,
+        }  # fmt: skip
+        return _Bucket(kind, constants, _uploaded(chunks, torch.int32, self.device), len(chunks))
 
     def take_gradients(self, grads: Sequence[Tensor]) -> bool:
         """Points the table at these gradients; False where one differs in more than its address."""
@@ -319,7 +328,7 @@ class Plan:
             work.copy_(t)
         squares = self._sum_squares() if max_norm is not None else None
         parts = 0 if squares is None else len(squares)
-        prepare_kernel[(triton.cdiv(self.size, 128),)](
+        prepare_kernel[(-(-self.size // 128),)](
             self.table, self.hyper, self.scalars, grad_scale, found_inf, squares, self.norm,
             self.size, parts, 0.0 if max_norm is None else max_norm,
             HAS_SCALE=grad_scale is not None, HAS_FOUND=found_inf is not None,
@@ -328,17 +337,11 @@ class Plan:
         if self.sums is not None:
             self._sum_chunks(self.sums)
         for bucket in self.buckets:
-            kind = bucket.kind
-            muon = kind.algorithm == "muon"
-            update_kernel[(bucket.count,)](
-                self.table, bucket.chunks, self.scalars, self.sums if kind.cautious else None,
+            update_kernel[(bucket.programs,)](
+                self.table, bucket.chunks, self.scalars,
+                self.sums if bucket.kind.cautious else None,
                 self.size, seed,
-                P=_TRITON_DTYPES[kind.p], G=tl.bfloat16 if muon else _TRITON_DTYPES[kind.g],
-                S=_TRITON_DTYPES[kind.s], ALGORITHM=kind.algorithm,
-                CODED=kind.s == torch.uint8 and not muon,
-                AMSGRAD=kind.amsgrad, CAUTIOUS=kind.cautious, MASTER=kind.master,
-                RANDOM=kind.random, EMA=kind.ema, ALIGNED=kind.aligned, CHUNK=_CHUNK,
-                BLOCK=kind.block, num_warps=_WARPS,
+                **bucket.constants,
             )  # fmt: skip
         for t, work in self.copied_out:
             t.copy_(work)
@@ -348,7 +351,7 @@ class Plan:
 
         Parts of sharded tensors are summed over all processes, in one reduction for each mesh.
         """
-        programs = [min(bucket.count, _NORM_PROGRAMS) for bucket in self.buckets]
+        programs = [min(bucket.programs, _NORM_PROGRAMS) for bucket in self.buckets]
         if self.squares is None:
             self.squares = torch.empty(sum(programs), dtype=torch.float32, device=self.device)
         self.norm = torch.empty((), dtype=torch.float32, device=self.device)
@@ -357,7 +360,7 @@ class Plan:
             kind, first = bucket.kind, ends[-1] if ends else 0
             squares_kernel[(count,)](
                 self.table, bucket.chunks, self.squares[first:],
-                self.size, bucket.count,
+                self.size, bucket.programs,
                 G=_TRITON_DTYPES[kind.g], ALIGNED=kind.aligned, CHUNK=_CHUNK,
                 BLOCK=32 * _WARPS * kind.elements(kind.g, extras=False), num_warps=_WARPS,
             )  # fmt: skip
@@ -383,13 +386,13 @@ class Plan:
             }  # fmt: skip
             arguments = (self.table, bucket.chunks, self.scalars, self.parts, self.size)
             if kind.cautious:
-                agreement_kernel[(bucket.count,)](
+                agreement_kernel[(bucket.programs,)](
                     *arguments, P=_TRITON_DTYPES[kind.p], ALGORITHM=kind.algorithm,
                     MASTER=kind.master, BLOCK=kind.block, **shared,
                 )  # fmt: skip
             elif kind.algorithm == "muon":
                 elements = kind.elements(kind.g, kind.s, torch.bfloat16, extras=False)
-                momentum_kernel[(bucket.count,)](
+                momentum_kernel[(bucket.programs,)](
                     *arguments, NESTEROV=kind.nesterov, BLOCK=32 * _WARPS * elements, **shared
                 )
         sum_chunks_kernel[(self.size,)](
