@@ -125,7 +125,7 @@ def _uploaded(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
         return torch.tensor(values, dtype=dtype, device=device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "AdamW: a CUDA graph needs the tensors of the step before it: take an uncaptured step "
+            "step: a CUDA graph needs the tensors of the step before it: take an uncaptured step "
             "first, keep the gradients (zero_grad(set_to_none=False)), and give lr as a tensor"
         )
     pinned = torch.tensor(values, dtype=dtype, pin_memory=True)
