@@ -136,6 +136,29 @@ def test_groups_of_different_settings_share_the_launches(ours, theirs):
     assert launches == ["prepare_kernel", "update_kernel"]
 
 
+@pytest.mark.usefixtures("kernels")
+def test_a_group_of_two_dtypes_counts_one_step_and_a_tensor_rate_may_become_a_float():
+    """Where other fused optimizers count a step a dtype, or refuse what a scheduler assigns."""
+    a = parameters([(5,), (7,)]) + parameters([(5,), (6,)], torch.bfloat16)
+    b = twins(a)
+    first, second = (
+        kind(p, lr=torch.tensor(1e-2)) for kind, p in ((AdamW, a), (torch.optim.AdamW, b))
+    )
+    schedules = [
+        torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+        for optimizer in (first, second)
+    ]
+    for step in range(3):
+        give_gradients(a, b, seed=step)
+        for optimizer, schedule in zip((first, second), schedules, strict=True):
+            optimizer.step()
+            schedule.step(1.0)
+        assert all(first.state[p]["step"] == step + 1 for p in a)
+    assert first.param_groups[0]["lr"] == pytest.approx(2.5e-3)
+    assert_same(everything(a, first), everything(b, second), rtol=5e-3, atol=5e-3)
+    assert_same(everything(a[:2], first), everything(b[:2], second))
+
+
 class counted:
     """The names of the kernels launched inside the block, in the interpreter."""
 
