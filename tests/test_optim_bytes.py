@@ -50,6 +50,25 @@ def test_bytes_are_the_nearest_to_the_float32_means(dtype):
     assert kept == 2 * (33 * 128 + 33 * 4)
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+def test_the_next_step_starts_from_the_bytes(dtype):
+    """As a float32 run does whose means went through bytes: to the bit."""
+    a = parameters(LARGE[:2], dtype)
+    b = twins(a)
+    first, second = AdamW(a, state_dtype="8bit"), AdamW(b, state_dtype=torch.float32)
+    for step in range(2):
+        give_gradients(a, b, seed=step)
+        first.step()
+        second.step()
+        for p, q in zip(a, b, strict=True):
+            assert torch.equal(p, q)
+            for name, codes, scale, signed in means(first, p):
+                mean = second.state[q][name]
+                mean.copy_(decoded_tensor(*encoded_tensor(mean, signed=signed), signed=signed))
+                assert torch.equal(decoded_tensor(codes, scale, signed=signed), mean)
+
+
 def test_every_byte_stands_for_itself():
     """So that a checkpoint which goes through float32 comes back."""
     codes = torch.arange(256, dtype=torch.uint8)

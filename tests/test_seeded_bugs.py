@@ -126,7 +126,7 @@ MUON = test_muon.test_follows_torchs
 TILES = test_muon.test_symmetric_products_and_the_band_of_singular_values
 BYTES = test_optim_bytes.test_bytes_are_the_nearest_to_the_float32_means
 BYTES_NAN = test_optim_bytes.test_a_nan_takes_its_block_and_is_not_hidden
-BYTES_CHECKPOINT = test_optim_bytes.test_checkpoints_of_any_precision_continue_in_any_other
+NEXT_STEP = test_optim_bytes.test_the_next_step_starts_from_the_bytes
 PARTS = test_adamw_options.test_rounding_of_a_part_is_that_of_the_whole
 
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
@@ -213,7 +213,7 @@ OPTIMIZERS = [
     ("adamw_step", "rounding:encoded", "(size + _HALF) >>", "size >>", BYTES),
     ("adamw_step", "rounding:encoded", "tl.where(x > 0.0, 1, 0)", "0", BYTES),
     ("adamw_step", "rounding:encoded", "& 0x7FFFFFFF", "& 0x7F7FFFFF", BYTES_NAN),
-    ("adamw_step", "rounding:decoded", "-x, x", "x, x", BYTES_CHECKPOINT),
+    ("adamw_step", "rounding:decoded", "-x, x", "x, x", NEXT_STEP),
     ("adamw_step", "rounding:rounded_at_random_in_runs", "* pitch + i % run", "* pitch", PARTS),
     ("adamw_step", "rounding:rounded_at_random_in_runs", "place & 3", "i & 3", PARTS),
     ("lion_step", "kernels:_update", "m - c2 * m + c2 * g", "u", FLOAT64),
