@@ -97,7 +97,8 @@ def padded(t):
 
 
 def transposed(t):
-    return t.detach().mT.contiguous().mT if t.dim() > 1 else t.detach().clone()
+    same = t.detach().clone()  # of one row or column, contiguous() would not copy
+    return same.mT.contiguous().mT if t.dim() > 1 else same
 
 
 def offset(t):

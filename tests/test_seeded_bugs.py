@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import pytest
 import test_activations
 import test_adamw
+import test_adamw_options
 import test_add_norm
 import test_attention
 import test_attention_options
@@ -25,7 +26,10 @@ import test_embedding
 import test_fp8_linear
 import test_group_norm
 import test_layer_norm
+import test_lion
+import test_muon
 import test_ops
+import test_optim_bytes
 import test_rotary
 import test_sampling
 import test_softmax
@@ -134,6 +138,14 @@ KEPT = test_sampling.test_the_kept_set_is_the_sorted_references
 SPECIAL_ROWS = test_sampling.test_special_rows
 LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
 
+LION_NAN = test_lion.test_a_nan_gradient_reaches_its_parameter
+MUON = test_muon.test_follows_torchs
+TILES = test_muon.test_symmetric_products_and_the_band_of_singular_values
+BYTES = test_optim_bytes.test_bytes_are_the_nearest_to_the_float32_means
+BYTES_NAN = test_optim_bytes.test_a_nan_takes_its_block_and_is_not_hidden
+NEXT_STEP = test_optim_bytes.test_the_next_step_starts_from_the_bytes
+PARTS = test_adamw_options.test_rounding_of_a_part_is_that_of_the_whole
+
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
 LAYER_NORM = [
     ("_forward_kernel", "tl.where(mask, x - mean[:, None], 0.0)", "x - mean[:, None]", FLOAT64),
@@ -201,9 +213,9 @@ def GROUPS():
 ADAMW = [
     ("prepare_kernel", "tl.load(found_inf_ptr) == 0.0", "tl.load(found_inf_ptr) != 7.0", OVERFLOW),
     ("prepare_kernel", "1.0 / tl.sqrt(bias_correction2)", "1.0 / bias_correction2", FLOAT64),
-    ("prepare_kernel", "decoupled != 0.0", "decoupled == 7.0", FLOAT64),
+    ("prepare_kernel", "kind != ADAM", "kind == 7.0", FLOAT64),
     ("prepare_kernel", "sign / tl.load", "sign * tl.load", OVERFLOW),
-    ("prepare_kernel", "NT * GROUP_ROW + offs", "NT * GROUP_ROW + offs * 0", GROUPS),
+    ("prepare_kernel", "NT * HYPER_ROW + offs", "NT * HYPER_ROW + offs * 0", GROUPS),
     ("prepare_kernel", "mask = offs < NT", "mask = offs < BLOCK", MEMORY),
     ("_load", "mask=offs < n", "mask=offs < n + 1", MEMORY),
     ("_store", "mask=offs < n", "mask=offs <= n", MEMORY),
@@ -211,6 +223,30 @@ ADAMW = [
     ("_update", "tl.where((vmax >= v) | (vmax != vmax), vmax, v)", "v", FLOAT64),
     ("update_kernel", "whole = n // BLOCK * BLOCK", "whole = n // BLOCK", FLOAT64),
     ("update_kernel", "tl.load(scalars + _GO) != 0.0", "tl.load(scalars + _GO) >= 0.0", OVERFLOW),
+    ("_agreeing", "* g > 0.0", "> 0.0", FLOAT64),
+    ("_update", "tl.where(disagree, 0.0, u * agreement)", "tl.where(disagree, 0.0, u)", FLOAT64),
+    ("_update", "disagree = u * g <= 0.0", "disagree = ~(u * g > 0.0)", LION_NAN),
+]
+
+# (op, kernel below fastlm.kernels.optim, ...)
+OPTIMIZERS = [
+    ("adamw_step", "rounding:encoded", "(size + _HALF) >>", "size >>", BYTES),
+    ("adamw_step", "rounding:encoded", "tl.where(x > 0.0, 1, 0)", "0", BYTES),
+    ("adamw_step", "rounding:encoded", "& 0x7FFFFFFF", "& 0x7F7FFFFF", BYTES_NAN),
+    ("adamw_step", "rounding:decoded", "-x, x", "x, x", NEXT_STEP),
+    ("adamw_step", "rounding:rounded_at_random_in_runs", "* pitch + i % run", "* pitch", PARTS),
+    ("adamw_step", "rounding:rounded_at_random_in_runs", "place & 3", "i & 3", PARTS),
+    ("lion_step", "kernels:_update", "m - c2 * m + c2 * g", "u", FLOAT64),
+    ("lion_step", "kernels:_update", "tl.where(u < 0.0, -1.0, u)", "-1.0", LION_NAN),
+    ("lion_step", "kernels:prepare_kernel", "kind == UNCORRECTED", "kind == 7.0", FLOAT64),
+    ("muon_step", "kernels:prepare_kernel", "lr * lr_ratio", "lr", FLOAT64),
+    ("muon_step", "kernels:_turned", "u = m - c1 * m + c1 * g", "u = m", MUON),
+    ("muon_step", "kernels:sum_chunks_kernel", "+ CHUNK - 1) // CHUNK", ") // CHUNK", FLOAT64),
+    ("muon_step", "newton_schulz:symmetric_kernel", "if row != col", "if row == col", TILES),
+    ("muon_step", "newton_schulz:symmetric_kernel", "acc += b * tl.load", "acc += tl.load", TILES),
+    ("muon_step", "newton_schulz:symmetric_kernel", "scale * scale", "scale", FLOAT64),
+    ("muon_step", "newton_schulz:product_kernel", "acc += a * tl.load", "acc += tl.load", FLOAT64),
+    ("muon_step", "newton_schulz:product_kernel", "& (cols < N)[None, :]", "", MEMORY),
 ]
 
 RMS_NORM = [
@@ -388,12 +424,13 @@ BUGS = [
     *(Bug(*row) for row in QUANTIZED),
     *(Bug(op, f"attention.{kernel}", *rest) for op, kernel, *rest in ATTENTION),
     *(Bug(*row) for row in POINTWISE),
-    *(Bug("adamw_step", f"adam.kernels:{kernel}", *rest) for kernel, *rest in ADAMW),
     *(Bug("cross_entropy", f"cross_entropy:{kernel}", *rest) for kernel, *rest in CROSS_ENTROPY),
     *(
         Bug("linear_cross_entropy", f"linear_cross_entropy.{kernel}", *rest)
         for kernel, *rest in LINEAR_CROSS_ENTROPY
     ),
+    *(Bug("adamw_step", f"optim.kernels:{kernel}", *rest) for kernel, *rest in ADAMW),
+    *(Bug(op, f"optim.{kernel}", *rest) for op, kernel, *rest in OPTIMIZERS),
     *(Bug("softmax", f"softmax:{kernel}", *rest) for kernel, *rest in SOFTMAX),
     *(Bug("log_softmax", f"softmax:{kernel}", *rest) for kernel, *rest in LOG_SOFTMAX),
     *(Bug("add_layer_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_LAYER_NORM),
