@@ -7,7 +7,8 @@ import torch
 import triton
 
 from fastlm.bench import capture
-from fastlm.bench.machine_code import _code_sections, read
+from fastlm.bench.machine_code import read
+from fastlm.bench.sass.parse import machine_code as code_of
 from fastlm.kernels import flash_attention
 from fastlm.kernels.attention import backward, forward, gradients
 
@@ -88,7 +89,7 @@ def machine_code(call):
     found = {}
     for launch in launches("sm90", call):
         if launch.name != "rows_kernel":
-            found[launch.name] = _code_sections(launch.compile().asm["cubin"])
+            found[launch.name] = code_of(launch.compile().asm["cubin"])
     return found
 
 

@@ -78,6 +78,7 @@ def run(folder, *words, seconds="20e-6", gpu="simulated"):
     said = io.StringIO()
     options = ["-q", "-s", "-p", "no:cacheprovider", "--import-mode=importlib", "-c", os.devnull]
     environment = {"SIMULATED_SECONDS": seconds, "SIMULATED_GPU": gpu}
+    environment["PYTEST_XDIST_WORKER"] = ""  # pytest-benchmark measures nothing in a worker
     with mock.patch.dict(os.environ, environment), redirect_stdout(said), redirect_stderr(said):
         try:
             code = int(pytest.main([*options, f"--rootdir={folder}", str(folder), *words]))

@@ -173,7 +173,7 @@ def test_a_broken_cache_is_named_and_left_alone(device, text):
             {
                 "forward: tile_of(forward, float32 16, 16, False)",
                 "gradients: tile_of(dkdv, float32 16, 16, False)",
-                "gradients: tile_of(dq, float32 16, 16, False)",
+                "gradients: tile_of(dq, float32 16, 16, False, False)",
             },
         ),
     ],

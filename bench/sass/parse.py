@@ -129,9 +129,7 @@ def disassemble_all(cubins: Sequence[bytes], arch: int) -> list[Disassembly]:
     starts, code = [], b""
     for cubin in cubins:
         starts.append(len(code))
-        code += next(
-            (cubin[o : o + n] for name, o, n in sections(cubin) if name.startswith(".text.")), b""
-        )
+        code += machine_code(cubin)
     text = _nvdisasm(code, ".bin", "-b", f"SM{arch}{'a' if arch >= 90 else ''}")
     parts: list[list[Instruction]] = [[] for _ in cubins]
     pending: re.Match[str] | None = None
@@ -194,6 +192,12 @@ class ElfInfo:
 
 # Attributes of .nv.info sections.
 _THREADS, _REGISTERS, _STACKS = 0x10, 0x2F, (0x11, 0x12)
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The bytes of a cubin's code: it has one kernel."""
+    code = (cubin[o : o + n] for name, o, n in sections(cubin) if name.startswith(".text."))
+    return next(code, b"")
 
 
 def sections(cubin: bytes) -> list[tuple[str, int, int]]:
