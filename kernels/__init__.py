@@ -20,8 +20,6 @@ from . import softmax as _softmax
 from ._dispatch import backend, explain
 from ._op import Op
 from .activations import GELU, gelu, relu_squared
-from .adam import Adam, AdamW, adamw_step
-from .adam import step as _adam_step
 from .add_norm import add_layer_norm, add_rms_norm
 from .attention import decode as _decode
 from .attention import flash as _flash
@@ -47,6 +45,10 @@ from .int8_linear import Int8Linear, dequantize_int8, int8_linear, quantize_int8
 from .layer_norm import LayerNorm, layer_norm
 from .linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from .linear_cross_entropy import loss as _linear_cross_entropy
+from .optim import Adam, AdamW, Lion, Muon, adamw_step, lion_step, muon_step
+from .optim import lion as _lion
+from .optim import muon as _muon
+from .optim import step as _adamw_step
 from .patch import PatchReport, patch
 from .rms_norm import RMSNorm, rms_norm
 from .rotary import rotary_embedding
@@ -80,7 +82,9 @@ OPS = {
         _int4_linear.OP,
         *_fp8_linear.OPS,
         _sampling.OP,
-        _adam_step.OP,
+        _adamw_step.OP,
+        _lion.OP,
+        _muon.OP,
     )
 }
 
@@ -97,6 +101,8 @@ __all__ = [
     "Int8Linear",
     "LayerNorm",
     "LinearCrossEntropyLoss",
+    "Lion",
+    "Muon",
     "Op",
     "PatchReport",
     "RMSNorm",
@@ -123,8 +129,10 @@ __all__ = [
     "int8_linear",
     "layer_norm",
     "linear_cross_entropy",
+    "lion_step",
     "log_softmax",
     "merge_attention",
+    "muon_step",
     "patch",
     "quantize_fp8",
     "quantize_int4",

@@ -137,17 +137,22 @@ def _lanes(BLOCK: tl.constexpr, LANE: tl.constexpr):
 
 @triton.jit
 def capped(x, softcap):
-    """``softcap * tanh(x / softcap)``; past the range of exp it is the cap itself."""
-    return softcap - 2.0 * softcap / (tl.exp((2.0 / softcap) * x) + 1.0)
+    """``softcap * tanh(x / softcap)`` and its slope: 1 - tanh^2 would cancel near the cap."""
+    e = tl.exp((-2.0 / softcap) * tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    z = softcap * (1.0 - e) * r
+    return tl.where(x < 0.0, -z, z), 4.0 * e * r * r
 
 
 @triton.jit
 def _logits(ptrs, mask, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Logits in float32, capped; -inf where the mask is off."""
+    """Logits in float32, capped, and the slope of the cap; -inf and 0 where the mask is off."""
     z = tl.load(ptrs, mask=mask, other=float("-inf")).to(tl.float32)
+    slope = 1.0
     if HAS_SOFTCAP:
-        z = tl.where(mask, capped(z, softcap), float("-inf"))
-    return z
+        z, slope = capped(z, softcap)
+        z = tl.where(mask, z, float("-inf"))
+    return z, slope
 
 
 @triton.jit
@@ -190,7 +195,7 @@ def row_statistics(
     x_ptrs = x_ptr + tl.multiple_of(begin + lead, LANE) + lanes
     for start in range(0, count, BLOCK):
         mask = start + lanes < count
-        z = _logits(x_ptrs + start, mask, softcap, HAS_SOFTCAP)
+        z, _ = _logits(x_ptrs + start, mask, softcap, HAS_SOFTCAP)
         m, d = _join(m, d, z)
         if HAS_MASS:
             q = _mass(weight_ptr, target_ptr, lead + start + lanes, mask, smoothing, spread, PROBS)
@@ -199,7 +204,7 @@ def row_statistics(
     top = tl.max(m, 0)
     if not EVEN:
         cols, inside = _ends(lead, count, V, LANE)
-        z_ends = _logits(x_ptr + begin + cols, inside, softcap, HAS_SOFTCAP)
+        z_ends, _ = _logits(x_ptr + begin + cols, inside, softcap, HAS_SOFTCAP)
         top = tl.maximum(top, tl.max(z_ends, 0))
     shift = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(d * tl.exp(m - shift), 0)
@@ -243,13 +248,12 @@ def _gradient(
     PROBS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Dx of some columns of a row."""
-    z = _logits(x_ptrs, mask, softcap, HAS_SOFTCAP)
+    z, slope = _logits(x_ptrs, mask, softcap, HAS_SOFTCAP)
     dz = a * tl.exp(z - m) - tl.where(cols == y, b, 0.0)
     if HAS_MASS:
         dz -= g * _mass(weight_ptr, target_ptr, cols, mask, smoothing, spread, PROBS)
     if HAS_SOFTCAP:
-        slope = 1.0 - (z / softcap) * (z / softcap)
-        dz = tl.where(mask, dz * slope, 0.0)  # off the mask the slope is infinite
+        dz *= slope
     return dz
 
 
@@ -304,7 +308,7 @@ def _forward_kernel(
     begin, lead, count = aligned_part(row, stride_xm, read, EVEN, LANE)
     z_y = tl.load(x_ptr + begin + y).to(tl.float32)
     if HAS_SOFTCAP:
-        z_y = capped(z_y, softcap)
+        z_y, _ = capped(z_y, softcap)
     pivot = tl.where(z_y == float("-inf"), 0.0, z_y)
     m, d, mass, pull = row_statistics(
         x_ptr, weight_ptr, target_ptr,

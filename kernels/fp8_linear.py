@@ -239,13 +239,14 @@ def _tile_kernel(
 # --- launch -------------------------------------------------------------------------------------
 
 
-def _tile(M: int) -> dict[str, int]:
-    """The tile of a product; unmeasured."""
+def _tile(M: int, by_block: bool) -> dict[str, int]:
+    """The tile of a product; unmeasured. Scales by block keep a second tile of sums."""
     if _dispatch._cpu_runner == "interpreter":
         return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": _BLOCK}
     if M <= 64:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": _BLOCK, "num_warps": 4, "num_stages": 4}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": _BLOCK, "num_warps": 8, "num_stages": 3}
+    block_n = 64 if by_block else 128
+    return {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": _BLOCK, "num_warps": 8, "num_stages": 3}
 
 
 def _quantize_fake(x: Tensor, by_block: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -297,7 +298,7 @@ def _forward(
         return y
     N, K = weight.shape
     x, weight = rows_of(x, K), rows_of(weight, K)
-    M, tile = x.shape[0], _tile(x.shape[0])
+    M, tile = x.shape[0], _tile(x.shape[0], by_block)
     scale_x, scale_w = scale_x.contiguous(), scale_w.contiguous()
     # One row of scales after another; all on one number where there is only one.
     stride_x = _blocks(K) if by_block else int(scale_x.numel() > 1)

@@ -58,7 +58,7 @@ class BytePairTokenizer(ByteTokenizer):
 
     def save(self, folder: str | Path) -> None:
         """Writes a tokenizer.json."""
-        split = {"type": "Split", "pattern": {"Regex": _JSON_PIECE}}
+        split: dict[str, Any] = {"type": "Split", "pattern": {"Regex": _JSON_PIECE}}
         split |= {"behavior": "Isolated", "invert": False}
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         level["use_regex"] = False

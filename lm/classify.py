@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .chat import read_jsonl, split_of, text_of
-from .config import read_json
+from .config import GPTConfig, read_json
 from .model import GPT
 from .rows import packed
 from .tokenizer import load_tokenizer
@@ -134,7 +134,7 @@ class Classifier(nn.Module):
     # What the training loop asks of a model.
 
     @property
-    def config(self):
+    def config(self) -> GPTConfig:
         """The body's."""
         return self.body.config
 

@@ -197,8 +197,8 @@ def base_model(config: FinetuneConfig, texts: Callable[[], Iterable[str]]) -> tu
         ValueError: No such folder or preset, or flags that a folder's model cannot follow.
     """
     changes = {n: getattr(config, n) for n in _SHAPE if getattr(config, n) is not None}
-    dropout = {} if config.dropout is None else {"dropout": config.dropout}
     if config.checkpoint in PRESETS:
+        dropout = {} if config.dropout is None else {"dropout": config.dropout}
         return _new_model(config, {**changes, **dropout}, texts)
     folder = Path(config.checkpoint)
     if not folder.is_dir():
@@ -209,8 +209,8 @@ def base_model(config: FinetuneConfig, texts: Callable[[], Iterable[str]]) -> tu
         flag = "--" + next(iter(changes)).replace("_", "-")
         raise ValueError(f"{flag} is of new models; {folder} has its own")
     model = GPT.from_pretrained(folder, config.ops)
-    if dropout:
-        wetter = GPT(dataclasses.replace(model.config, **dropout), config.ops)
+    if config.dropout is not None:
+        wetter = GPT(dataclasses.replace(model.config, dropout=config.dropout), config.ops)
         wetter.load_state_dict(model.state_dict())
         model = wetter
     return model, load_tokenizer(folder)

@@ -58,9 +58,8 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.rank, self.scale, self.dropout, self.parts = rank, alpha / rank, dropout, tuple(parts)
         adapted = [part.rows for part in self.parts if part.adapted]
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.lora_A = nn.Parameter(torch.empty(len(adapted) * rank, self.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(sum(adapted), rank, **like))
+        self.lora_A = nn.Parameter(linear.weight.new_empty(len(adapted) * rank, self.in_features))
+        self.lora_B = nn.Parameter(linear.weight.new_zeros(sum(adapted), rank))
         bound = 1 / math.sqrt(self.in_features)  # nn.Linear's own
         nn.init.uniform_(self.lora_A, -bound, bound)
 

@@ -36,24 +36,34 @@ class Scenario:
 # --- question answering -------------------------------------------------------------------------
 
 _PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo")
-_ROOMS = ("garden", "kitchen", "office", "library", "cellar", "garage", "attic", "hall")
-_MOVES = ("went to", "is in", "walked to", "ran to")
+_DOINGS = (
+    "sings",
+    "draws",
+    "reads",
+    "cooks",
+    "sleeps",
+    "dances",
+    "writes",
+    "swims",
+    "runs",
+    "paints",
+)
 
 
 def _question(rng: random.Random) -> tuple[str, str]:
-    """Where somebody is after some moves of several people; the last one that counts is theirs."""
+    """What somebody does, of people who change what they do: the last word on them counts."""
     people = rng.sample(_PEOPLE, 3)
-    moves = [(rng.choice(people), rng.choice(_ROOMS)) for _ in range(3)]
-    told = " ".join(f"{who} {rng.choice(_MOVES)} the {room}." for who, room in moves)
-    asked = rng.choice(sorted({who for who, _ in moves}))
-    room = next(room for who, room in reversed(moves) if who == asked)
-    return f"{told} Where is {asked}?", f"{asked} is in the {room}"
+    facts = [(rng.choice(people), rng.choice(_DOINGS)) for _ in range(4)]
+    told = " ".join(f"{who} {doing}." for who, doing in facts)
+    asked = rng.choice(sorted({who for who, _ in facts}))
+    doing = next(doing for who, doing in reversed(facts) if who == asked)
+    return f"{told} What does {asked} do?", f"{asked} {doing}"
 
 
-def _last_room(prompt: str) -> str:
-    """The room that was told last, whoever went there."""
-    told = [word.strip(".?") for word in prompt.split()]
-    return f"{told[-1]} is in the {next(word for word in reversed(told) if word in _ROOMS)}"
+def _last_doing(prompt: str) -> str:
+    """What was told last, whoever does it."""
+    told, asked = prompt.removesuffix(" do?").rsplit(" What does ", 1)
+    return f"{asked} {told.split()[-1].strip('.')}"
 
 
 # --- summarisation ------------------------------------------------------------------------------
@@ -101,7 +111,10 @@ def _report(rng: random.Random) -> tuple[str, str]:
 SCENARIOS = {
     "generation": Scenario("stories about an animal", stories.make, accepts=stories.is_story),
     "qa": Scenario(
-        "who is where, after some moves", _question, rule=_last_room, rule_name="last room told"
+        "who does what, when it changes",
+        _question,
+        rule=_last_doing,
+        rule_name="what was told last",
     ),
     "summarisation": Scenario("a report's headline", _report),
     "translation": Scenario(

@@ -92,7 +92,8 @@ def test_many_steps_stay_within_the_contract(ours, theirs, dtype, options):
 
 
 @pytest.mark.usefixtures("kernels")
-def test_a_thousand_steps_drift_no_further_from_float64_than_torchs():
+def test_many_steps_drift_no_further_from_float64_than_torchs():
+    """As much decay as a thousand steps of the default rate, in 250 of the fourfold."""
     shape = [(300,)]
     runs = []
     for kind, dtype in (
@@ -101,8 +102,8 @@ def test_a_thousand_steps_drift_no_further_from_float64_than_torchs():
         (torch.optim.AdamW, torch.float64),
     ):
         params = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters(shape)]
-        runs.append((params, kind(params, lr=1e-3, weight_decay=0.1)))
-    noise = torch.randn(1000, 300, generator=torch.Generator().manual_seed(0))
+        runs.append((params, kind(params, lr=4e-3, weight_decay=0.1)))
+    noise = torch.randn(250, 300, generator=torch.Generator().manual_seed(0))
     for g in noise:
         for (p,), optimizer in runs:
             p.grad = g.to(p.dtype) + p.detach()
@@ -135,6 +136,29 @@ def test_groups_of_different_settings_share_the_launches(ours, theirs):
     assert launches == ["prepare_kernel", "update_kernel"]
 
 
+@pytest.mark.usefixtures("kernels")
+def test_a_group_of_two_dtypes_counts_one_step_and_a_tensor_rate_may_become_a_float():
+    """Where other fused optimizers count a step a dtype, or refuse what a scheduler assigns."""
+    a = parameters([(5,), (7,)]) + parameters([(5,), (6,)], torch.bfloat16)
+    b = twins(a)
+    first, second = (
+        kind(p, lr=torch.tensor(1e-2)) for kind, p in ((AdamW, a), (torch.optim.AdamW, b))
+    )
+    schedules = [
+        torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+        for optimizer in (first, second)
+    ]
+    for step in range(3):
+        give_gradients(a, b, seed=step)
+        for optimizer, schedule in zip((first, second), schedules, strict=True):
+            optimizer.step()
+            schedule.step(1.0)
+        assert all(first.state[p]["step"] == step + 1 for p in a)
+    assert first.param_groups[0]["lr"] == pytest.approx(2.5e-3)
+    assert_same(everything(a, first), everything(b, second), rtol=5e-3, atol=5e-3)
+    assert_same(everything(a[:2], first), everything(b[:2], second))
+
+
 class counted:
     """The names of the kernels launched inside the block, in the interpreter."""
 
@@ -154,7 +178,7 @@ class counted:
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("count", [1, 2, 40, 148])
+@pytest.mark.parametrize("count", [1, 40])
 def test_launches_do_not_grow_with_the_number_of_tensors(count):
     params = parameters([(3,)] * count)
     optimizer = AdamW(params)
@@ -587,7 +611,7 @@ def test_offsets_past_two_to_the_31_elements():
     """The last chunk of a tensor of 2^31 + 8200 bfloat16, in lazily mapped memory."""
     code = """
         import torch
-        from fastlm.kernels.adam import plan, step
+        from fastlm.kernels.optim import plan, step
         from fastlm.kernels._interpreter import interpreted
         n = 2**31 + 8200
         lists = [[torch.empty(n, dtype=torch.bfloat16)] for _ in range(4)]

@@ -17,6 +17,9 @@ from test_adamw import (
 from fastlm.bench.capture import capture_launches, resources, sass_ops
 from fastlm.kernels import Adam, AdamW, backend
 from fastlm.kernels._interpreter import interpreted
+from fastlm.kernels.optim.kernels import ADAMW
+from fastlm.kernels.optim.plan import Plan, Row
+from fastlm.kernels.optim.sharding import Place
 
 SHAPES = ((33, 17), (5,), (700,), (), (0,), (1,))
 BF16 = torch.bfloat16
@@ -185,7 +188,7 @@ def test_stochastic_rounding_differs_by_step_parameter_and_element():
 
 @pytest.mark.usefixtures("kernels")
 def test_stochastic_rounding_keeps_nan_and_block_sizes_do_not_matter(monkeypatch):
-    from fastlm.kernels.adam import plan
+    from fastlm.kernels.optim import plan
 
     def once():
         p = torch.nn.Parameter(torch.linspace(-1, 1, 3000).to(BF16))
@@ -199,6 +202,29 @@ def test_stochastic_rounding_keeps_nan_and_block_sizes_do_not_matter(monkeypatch
     monkeypatch.setattr(plan, "_CHUNK", 1024)
     monkeypatch.setattr(plan, "_WARPS", 2)
     torch.testing.assert_close(once(), got, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_rounding_of_a_part_is_that_of_the_whole():
+    """Of rows, of columns, and of an odd piece of a flat tensor, as processes may hold them."""
+    weights = torch.linspace(-1, 1, 120).view(12, 10).to(BF16)
+
+    def once(p, place):
+        p = p.clone(memory_format=torch.contiguous_format)
+        means = [torch.zeros_like(p) for _ in range(2)]
+        row = Row(p, torch.ones_like(p), *means, None, torch.zeros(()), 0, "adamw", 3,
+                  stochastic=True, place=place)  # fmt: skip
+        plan = Plan([row])
+        plan.set_hyper([[1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0, float(ADAMW.value), 0.0, 1.0]], [])
+        plan.run(None, None, seed=7)
+        return p
+
+    whole = once(weights, None)
+    assert (whole != weights).any()
+    assert torch.equal(once(weights[4:], Place(40, 80, 120, 120, ())), whole[4:])
+    assert torch.equal(once(weights[:, 3:7], Place(3, 4, 10, 120, ())), whole[:, 3:7])
+    flat = once(weights.flatten()[7:31], Place(7, 24, 120, 120, ()))
+    assert torch.equal(flat, whole.flatten()[7:31])
 
 
 @pytest.mark.usefixtures("kernels")
@@ -302,27 +328,33 @@ def test_says_where_an_option_has_no_kernel():
         AdamW(a, master="split").step()
 
 
-# (parameter's dtype, options, the accesses of the unmasked body: 128 and 64 bits wide)
+# (parameter's dtype, options, 128-bit loads of the unmasked body of the update)
+FP32 = torch.float32
 MACHINE_CODE = [
-    (torch.float32, {}),
-    (torch.float32, {"amsgrad": True, "fused": True, "max_grad_norm": 1.0}),
-    (BF16, {}),
-    (torch.float16, {}),
-    (BF16, {"state_dtype": torch.float32}),
-    (BF16, {"state_dtype": torch.float32, "rounding": "stochastic"}),
-    (BF16, {"state_dtype": torch.float32, "master": "split"}),
-    (BF16, {"state_dtype": torch.float32, "master": "fp32"}),
-    (torch.float32, {"ema_decay": 0.99}),
+    (FP32, {}, 4),
+    (BF16, {"state_dtype": FP32, "rounding": "stochastic"}, 2),
+    (BF16, {"state_dtype": FP32, "master": "split"}, 2),
+    (BF16, {"state_dtype": "8bit", "rounding": "stochastic"}, 0),
+    (FP32, {"amsgrad": True, "fused": True, "max_grad_norm": 1.0}, 5),
+    (BF16, {}, 4),
+    (torch.float16, {}, 4),
+    (BF16, {"state_dtype": FP32}, 2),
+    (BF16, {"state_dtype": FP32, "master": "fp32"}, 3),
+    (FP32, {"state_dtype": "8bit"}, 2),
+    (BF16, {"state_dtype": "8bit"}, 0),
+    (FP32, {"state_dtype": BF16}, 2),
+    (FP32, {"ema_decay": 0.99}, 5),
+    (FP32, {"cautious": True}, 4),
 ]
-TARGETS = [  # every mode on one target, and three modes on all
-    pytest.param(dtype, options, target, id=f"{dtype}-{options}-{target}")
-    for i, (dtype, options) in enumerate(MACHINE_CODE)
-    for target in (("sm80", "sm90", "sm100", "sm120") if i in (0, 5, 6) else ("sm90",))
+TARGETS = [  # every mode on one target, and three modes on three
+    pytest.param(*mode, target, id=f"{mode[0]}-{mode[1]}-{target}")
+    for i, mode in enumerate(MACHINE_CODE)
+    for target in (("sm80", "sm90", "sm100") if 0 < i < 4 else ("sm90",))
 ]
 
 
-@pytest.mark.parametrize(("dtype", "options", "target"), TARGETS)
-def test_machine_code(dtype, options, target):
+@pytest.mark.parametrize(("dtype", "options", "wide", "target"), TARGETS)
+def test_machine_code(dtype, options, wide, target):
     """No spills, no shared memory in the update, at most 72 registers, wide accesses."""
     params = [torch.nn.Parameter(torch.zeros(10000, dtype=dtype))]
     params[0].grad = torch.zeros(10000, dtype=dtype)
@@ -335,9 +367,7 @@ def test_machine_code(dtype, options, target):
         assert found["regs"] <= 72
         if launch.name == "update_kernel":
             assert found["shared"] == 0
-            assert not any(op.startswith(("DADD", "DMUL", "DFMA")) for op in ops)
-            narrow = dtype != torch.float32 and options.get("state_dtype") == torch.float32
-            wide = 2 if narrow else 4
-            wide += sum(o in options for o in ("amsgrad", "ema_decay"))
-            wide += options.get("master") == "fp32"
-            assert ops["LDG.E.128"] == wide
+            assert not any(op.startswith(("DADD", "DMUL", "DFMA", "BAR")) for op in ops)
+            assert ops.get("LDG.E.128", 0) == wide
+            narrow = BF16 in (dtype, options.get("state_dtype")) and wide < 4
+            assert ops.get("LDG.E.64", 0) >= 2 * narrow

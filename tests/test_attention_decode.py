@@ -37,7 +37,7 @@ OPTIONS = {
     "alibi": {"S_q": 3, "alibi_slopes": torch.tensor([0.5, 0.1, 0.2, 0.3])},
     "sinks": {"sinks": torch.tensor([0.5, 3.0, -1.0, -math.inf])},
     "many heads": {"H": 24, "H_kv": 2},
-    "many rows": {"S_q": 40, "H": 4, "H_kv": 1},
+    "many rows": {"S_q": 17, "H": 4, "H_kv": 1},
     "odd D": {"D": 20},
     "scale": {"softmax_scale": -0.3},
 }

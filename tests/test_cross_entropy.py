@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from harness import assert_within_contract, check, doubled, outcome
 from memory_check import interp_check
 
+from fastlm.bench.capture import capture_launches
 from fastlm.kernels import OPS, CrossEntropyLoss, backend, cross_entropy, explain
 from fastlm.kernels._interpreter import interpreted
 
@@ -215,8 +216,6 @@ def test_z_loss_is_the_square_of_lse():
 
 def test_values_of_options_do_not_recompile():
     """Smoothing, z-loss and softcap are arguments at run time; only whether they are 0 is not."""
-    from fastlm.bench.capture import capture_launches
-
     keys = set()
     for value in (0.1, 0.2, 1.0):
         with capture_launches("sm_90") as capture:
@@ -273,6 +272,40 @@ def test_options_out_of_range(runs):
             cross_entropy(x, target, softcap=INF)
     with pytest.raises(ValueError, match="softcap must be"):
         CrossEntropyLoss(softcap=-3.0)
+
+
+@KERNELS
+def test_second_derivatives_of_loss_and_lse():
+    """Through PyTorch's own graph, of each output alone and of both."""
+    found = inputs(3, 12, softcap=2.0, z_loss=0.1, return_lse=True)
+    x = found["input"]
+
+    def curvature(call, a, b):
+        loss, lse = call(**found)
+        (g,) = torch.autograd.grad(a * loss + b * lse.sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), x)[0]
+
+    for a, b in ((1.0, 0.0), (0.0, 1.0), (2.0, -1.0)):
+        torch.testing.assert_close(curvature(cross_entropy, a, b), curvature(OP.reference, a, b))
+
+
+def test_the_host_never_waits_for_the_device(monkeypatch):
+    """No value of a tensor is asked for, forward or backward."""
+
+    def refuse(*args, **options):
+        raise AssertionError("a value of a tensor was asked for")
+
+    for options in ({}, {"label_smoothing": 0.1, "weighted": True}, {"probabilities": True}):
+        found = inputs(4, 40, **options)
+        with capture_launches("sm_90") as capture, monkeypatch.context() as patch:
+            for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "nonzero"):
+                patch.setattr(torch.Tensor, name, refuse)
+            cross_entropy(**found).backward()
+        assert [launch.name for launch in capture.launches] == [
+            "_forward_kernel",
+            "_reduce_kernel",
+            "_backward_kernel",
+        ]
 
 
 # --- memory -------------------------------------------------------------------------------------

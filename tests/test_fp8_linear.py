@@ -118,11 +118,3 @@ def test_what_the_kernel_leaves_to_pytorch():
     assert "two passes" in explain(quantize_fp8, torch.zeros(2, 3), "tensor")
     assert "40000 columns" in explain(quantize_fp8, torch.zeros(2, 40000), "row")
     assert "interpreter" in explain(quantize_fp8, torch.zeros(2, 40000), "block")
-
-
-def test_gpus_without_float8_run_pytorch():
-    from fastlm.bench.cases import cases_of
-
-    sizes = OP.sizes[:1]
-    assert not cases_of(OP, "sm_80", sizes=sizes, dtypes=OP.dtypes)
-    assert cases_of(OP, "sm_89", sizes=sizes, dtypes=OP.dtypes)

@@ -1,9 +1,11 @@
 """What is special about linear_cross_entropy: chunks, ranks, memory, targets, PyTorch's samples."""
 
+import dataclasses
 import itertools
 import socket
 
 import pytest
+import test_ops
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
@@ -13,11 +15,13 @@ from memory_check import interp_check
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastlm.bench.capture import capture_launches
 from fastlm.kernels import OPS, LinearCrossEntropyLoss, backend, explain, linear_cross_entropy
 from fastlm.kernels import linear_cross_entropy as op
 from fastlm.kernels._dispatch import cpu_runner
 from fastlm.kernels._interpreter import interpreted
 from fastlm.kernels.linear_cross_entropy import tiles
+from fastlm.kernels.linear_cross_entropy.eager import chunks_of
 from fastlm.kernels.linear_cross_entropy.loss import ProjectedLoss
 
 NAN = float("nan")
@@ -195,7 +199,7 @@ def peak_elements(found, monkeypatch):
 @EITHER
 def test_logits_are_never_whole(runs, impl, monkeypatch):
     """No tensor on the way has as many elements as all logits, or as half of them."""
-    found = inputs(20, 6, 640, impl=impl)
+    found = inputs(20, 4, 640, impl=impl)
     if impl == "chunked" or runs is not interpreted:
         found["chunk_size"] = 5
     with runs():
@@ -227,6 +231,44 @@ def test_inputs_are_left_alone_and_graphs_may_be_retained(runs):
         second = torch.autograd.grad(loss, wanted)
     assert all(map(torch.equal, first, second))
     assert all(t._version == 0 for t in wanted)
+
+
+def test_the_default_chunk_is_a_budget_of_memory():
+    """Rows by equal shares, and enough of them that dW is not read and written all the time."""
+    x = torch.empty(8192, 1, dtype=torch.bfloat16)
+    for V, rows in ((50257, 640), (128256, 256)):
+        chunks = chunks_of(x, V, None)
+        assert {c.stop - c.start for c in chunks[:-1]} == {rows}
+        assert rows * V * 2 <= 64 << 20
+        assert [c.start for c in chunks[1:]] == [c.stop for c in chunks[:-1]]
+        assert chunks[-1].stop == 8192
+    assert [c.stop for c in chunks_of(x[:7], 10, 3)] == [3, 6, 7]
+
+
+def test_the_host_never_waits_for_the_device(monkeypatch):
+    """No value of a tensor is asked for, forward or backward, in any mode of the kernels."""
+
+    def refuse(*args, **options):
+        raise AssertionError("a value of a tensor was asked for")
+
+    for options in ({}, {"impl": "recompute"}, {"reduction": "none"}, {"chunk_size": 2}):
+        found = inputs(bias=True, weighted=True, label_smoothing=0.1, **options)
+        with capture_launches("sm_90") as capture, monkeypatch.context() as patch:
+            for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "nonzero"):
+                patch.setattr(torch.Tensor, name, refuse)
+            op(**found).sum().backward()
+        assert len(capture.launches) >= 1
+
+
+@KERNELS
+def test_recomputed_losses_pass_the_generic_tests_too():
+    """PyTorch's check of the operators, compilation without a break, second derivatives."""
+    size = {"N": 3, "H": 8, "V": 40, "bias": True, "impl": "recompute", "reduction": "none"}
+    other = dataclasses.replace(OP, sizes=(size,))
+    test_ops.test_opcheck(other)
+    test_ops.test_compiles_without_a_graph_break(other)
+    test_ops.test_compiles_on_the_cpu_path(other)
+    test_ops.test_second_derivatives_come_from_pytorch(other)
 
 
 # --- ranks --------------------------------------------------------------------------------------

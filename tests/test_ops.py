@@ -20,6 +20,13 @@ from fastlm.kernels import OPS
 from fastlm.kernels._interpreter import interpreted
 
 CPU = torch.device("cpu")
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+OPCHECKS = (  # the schema's multiplies its inputs, which PyTorch 2.13 cannot in float8
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
 LABELS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -90,7 +97,8 @@ def padded(t):
 
 
 def transposed(t):
-    return t.detach().mT.contiguous().mT if t.dim() > 1 else t.detach().clone()
+    same = t.detach().clone()  # of one row or column, contiguous() would not copy
+    return same.mT.contiguous().mT if t.dim() > 1 else same
 
 
 def offset(t):
@@ -229,7 +237,11 @@ def test_opcheck(op):
                 return t
             return t.detach().clone().requires_grad_(wants and t.is_floating_point())
 
-        torch.library.opcheck(func, tree_map(fresh, args), tree_map(fresh, kwargs))
+        float8 = any(t.dtype in FLOAT8 for _, t in named_tensors((args, kwargs)))
+        checks = tuple(c for c in OPCHECKS if not float8 or c != "test_schema")
+        torch.library.opcheck(
+            func, tree_map(fresh, args), tree_map(fresh, kwargs), test_utils=checks
+        )
 
 
 @pytest.mark.parametrize("op", EACH)

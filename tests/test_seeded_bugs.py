@@ -16,16 +16,22 @@ from dataclasses import dataclass
 import pytest
 import test_activations
 import test_adamw
+import test_adamw_options
 import test_add_norm
 import test_attention
 import test_attention_options
 import test_cross_entropy
 import test_dropout
 import test_embedding
+import test_fp8_linear
 import test_group_norm
 import test_layer_norm
+import test_lion
+import test_muon
 import test_ops
+import test_optim_bytes
 import test_rotary
+import test_sampling
 import test_softmax
 import torch
 from triton.runtime.errors import InterpreterError
@@ -125,7 +131,20 @@ CE_SHIFT = test_cross_entropy.test_a_shift_of_the_logits_costs_no_accuracy
 CE_SHAPES = test_cross_entropy.test_shapes_of_every_kind
 IGNORED = test_cross_entropy.test_ignored_rows_of_nan_cost_nothing
 CHANNEL_MEANS = test_group_norm.test_channels_of_unlike_means
+CODES = test_fp8_linear.test_codes_and_scales_are_the_references_to_the_bit
+VOCABULARY = test_sampling.test_any_vocabulary
+ARGMAX = test_sampling.test_greedy_is_argmax
+KEPT = test_sampling.test_the_kept_set_is_the_sorted_references
+SPECIAL_ROWS = test_sampling.test_special_rows
 LARGE_MEAN = test_layer_norm.test_a_large_mean_costs_no_accuracy
+
+LION_NAN = test_lion.test_a_nan_gradient_reaches_its_parameter
+MUON = test_muon.test_follows_torchs
+TILES = test_muon.test_symmetric_products_and_the_band_of_singular_values
+BYTES = test_optim_bytes.test_bytes_are_the_nearest_to_the_float32_means
+BYTES_NAN = test_optim_bytes.test_a_nan_takes_its_block_and_is_not_hidden
+NEXT_STEP = test_optim_bytes.test_the_next_step_starts_from_the_bytes
+PARTS = test_adamw_options.test_rounding_of_a_part_is_that_of_the_whole
 
 # (kernel, what stands there, what the mistake makes of it, the test that notices)
 LAYER_NORM = [
@@ -194,9 +213,9 @@ def GROUPS():
 ADAMW = [
     ("prepare_kernel", "tl.load(found_inf_ptr) == 0.0", "tl.load(found_inf_ptr) != 7.0", OVERFLOW),
     ("prepare_kernel", "1.0 / tl.sqrt(bias_correction2)", "1.0 / bias_correction2", FLOAT64),
-    ("prepare_kernel", "decoupled != 0.0", "decoupled == 7.0", FLOAT64),
+    ("prepare_kernel", "kind != ADAM", "kind == 7.0", FLOAT64),
     ("prepare_kernel", "sign / tl.load", "sign * tl.load", OVERFLOW),
-    ("prepare_kernel", "NT * GROUP_ROW + offs", "NT * GROUP_ROW + offs * 0", GROUPS),
+    ("prepare_kernel", "NT * HYPER_ROW + offs", "NT * HYPER_ROW + offs * 0", GROUPS),
     ("prepare_kernel", "mask = offs < NT", "mask = offs < BLOCK", MEMORY),
     ("_load", "mask=offs < n", "mask=offs < n + 1", MEMORY),
     ("_store", "mask=offs < n", "mask=offs <= n", MEMORY),
@@ -204,6 +223,30 @@ ADAMW = [
     ("_update", "tl.where((vmax >= v) | (vmax != vmax), vmax, v)", "v", FLOAT64),
     ("update_kernel", "whole = n // BLOCK * BLOCK", "whole = n // BLOCK", FLOAT64),
     ("update_kernel", "tl.load(scalars + _GO) != 0.0", "tl.load(scalars + _GO) >= 0.0", OVERFLOW),
+    ("_agreeing", "* g > 0.0", "> 0.0", FLOAT64),
+    ("_update", "tl.where(disagree, 0.0, u * agreement)", "tl.where(disagree, 0.0, u)", FLOAT64),
+    ("_update", "disagree = u * g <= 0.0", "disagree = ~(u * g > 0.0)", LION_NAN),
+]
+
+# (op, kernel below fastlm.kernels.optim, ...)
+OPTIMIZERS = [
+    ("adamw_step", "rounding:encoded", "(size + _HALF) >>", "size >>", BYTES),
+    ("adamw_step", "rounding:encoded", "tl.where(x > 0.0, 1, 0)", "0", BYTES),
+    ("adamw_step", "rounding:encoded", "& 0x7FFFFFFF", "& 0x7F7FFFFF", BYTES_NAN),
+    ("adamw_step", "rounding:decoded", "-x, x", "x, x", NEXT_STEP),
+    ("adamw_step", "rounding:rounded_at_random_in_runs", "* pitch + i % run", "* pitch", PARTS),
+    ("adamw_step", "rounding:rounded_at_random_in_runs", "place & 3", "i & 3", PARTS),
+    ("lion_step", "kernels:_update", "m - c2 * m + c2 * g", "u", FLOAT64),
+    ("lion_step", "kernels:_update", "tl.where(u < 0.0, -1.0, u)", "-1.0", LION_NAN),
+    ("lion_step", "kernels:prepare_kernel", "kind == UNCORRECTED", "kind == 7.0", FLOAT64),
+    ("muon_step", "kernels:prepare_kernel", "lr * lr_ratio", "lr", FLOAT64),
+    ("muon_step", "kernels:_turned", "u = m - c1 * m + c1 * g", "u = m", MUON),
+    ("muon_step", "kernels:sum_chunks_kernel", "+ CHUNK - 1) // CHUNK", ") // CHUNK", FLOAT64),
+    ("muon_step", "newton_schulz:symmetric_kernel", "if row != col", "if row == col", TILES),
+    ("muon_step", "newton_schulz:symmetric_kernel", "acc += b * tl.load", "acc += tl.load", TILES),
+    ("muon_step", "newton_schulz:symmetric_kernel", "scale * scale", "scale", FLOAT64),
+    ("muon_step", "newton_schulz:product_kernel", "acc += a * tl.load", "acc += tl.load", FLOAT64),
+    ("muon_step", "newton_schulz:product_kernel", "& (cols < N)[None, :]", "", MEMORY),
 ]
 
 RMS_NORM = [
@@ -328,7 +371,7 @@ CROSS_ENTROPY = [
     ("aligned_part", "row * stride", "row * V", STRIDES),
     ("aligned_part", "tl.maximum(V - lead, 0)", "V", MEMORY),
     ("_ends", "tl.minimum(lead, V)", "lead", STARTS),
-    ("capped", "- 2.0 * softcap", "- softcap", FLOAT64),
+    ("capped", "4.0 * e * r", "4.0 * e", FLOAT64),
     ("_mass", "* t + spread", "* t", CE_SHAPES),
     ("_gradient", "tl.where(cols == y, b, 0.0)", "0.0", FLOAT64),
     ("row_target", "(y >= 0) & (y < V)", "y < V", NO_CLASS),
@@ -351,16 +394,43 @@ LINEAR_CROSS_ENTROPY = [
     ("tiles:_strip_kernel", "b[:, None], 0.0", "0.0, 0.0", FLOAT64),
     ("tiles:_strip_kernel", "c[:, None] * w[None, :]", "c[:, None]", FLOAT64),
 ]
+# (op, module and kernel, what stands there, what the mistake makes of it, the test that notices)
+QUANTIZED = [
+    ("int8_linear", "_weight_only:int8_to_float", "8388736.0", "8388608.0", FLOAT64),
+    ("int8_linear", "_weight_only:_sum_shares_kernel", "y *= tl.load", "y += tl.load", FLOAT64),
+    ("int8_linear", "int8_linear:_gemv_kernel", "tl.sum(acc1, 1)", "tl.sum(acc0, 1)", FLOAT64),
+    ("int8_linear", "int8_linear:_tile_kernel", "k < K - start", "k < K", FLOAT64),
+    ("int8_linear", "int8_linear:_tile_kernel", "tl.program_id(1) * share", "0", FLOAT64),
+    ("int8_linear", "int8_linear:_dx_kernel", " * scale[:, None]", "", FLOAT64),
+    ("int4_linear", "int4_linear:_nibble_to_float", "8388608.0 + zero", "8388616.0", FLOAT64),
+    ("int4_linear", "int4_linear:_add_row", "k < K - HALF", "k < K", MEMORY),
+    ("int4_linear", "int4_linear:_gemv_kernel", "first % HALF", "first", FLOAT64),
+    ("int4_linear", "int4_linear:_tile_kernel", "q >> 4", "q & 15", FLOAT64),
+    ("int4_linear", "int4_linear:_dx_kernel", "k < K - HALF", "k < K", MEMORY),
+    ("fp8_linear", "fp8_linear:_tile_kernel", "n // BLOCK_K * stride_sw", "n // BLOCK_N", FLOAT64),
+    ("fp8_linear", "fp8_linear:_tile_kernel", "block = start // BLOCK_K", "block = 0", FLOAT64),
+    ("quantize_fp8", "fp8_linear:_quantize_kernel", "tl.abs(x)", "x", CODES),
+    ("quantize_fp8", "fp8_linear:_quantize_kernel", "scale == 0.0", "scale < 0.0", CODES),
+    ("sample", "sampling:_pick_kernel", "order > best", "order >= best", ARGMAX),
+    ("sample", "sampling:_pick_kernel", "start // 4 + quads", "quads", VOCABULARY),
+    ("sample", "sampling:_pick_kernel", "(first ^ _LARGEST)", "first", ARGMAX),
+    ("sample", "sampling:_order", "(x + 0.0)", "x", SPECIAL_ROWS),
+    ("sample", "sampling:_weight", "(x - largest) / temperature", "x - largest", KEPT),
+    ("sample", "sampling:_highest_cut", "enough - 1", "enough", KEPT),
+    ("sample", "sampling:_cut_kernel", "tl.minimum(floor, _order(largest))", "floor", KEPT),
+]  # fmt: skip
 
 BUGS = [
+    *(Bug(*row) for row in QUANTIZED),
     *(Bug(op, f"attention.{kernel}", *rest) for op, kernel, *rest in ATTENTION),
     *(Bug(*row) for row in POINTWISE),
-    *(Bug("adamw_step", f"adam.kernels:{kernel}", *rest) for kernel, *rest in ADAMW),
     *(Bug("cross_entropy", f"cross_entropy:{kernel}", *rest) for kernel, *rest in CROSS_ENTROPY),
     *(
         Bug("linear_cross_entropy", f"linear_cross_entropy.{kernel}", *rest)
         for kernel, *rest in LINEAR_CROSS_ENTROPY
     ),
+    *(Bug("adamw_step", f"optim.kernels:{kernel}", *rest) for kernel, *rest in ADAMW),
+    *(Bug(op, f"optim.{kernel}", *rest) for op, kernel, *rest in OPTIMIZERS),
     *(Bug("softmax", f"softmax:{kernel}", *rest) for kernel, *rest in SOFTMAX),
     *(Bug("log_softmax", f"softmax:{kernel}", *rest) for kernel, *rest in LOG_SOFTMAX),
     *(Bug("add_layer_norm", f"add_norm:{kernel}", *rest) for kernel, *rest in ADD_LAYER_NORM),

@@ -152,7 +152,8 @@ def _class_of_device(index: int | None) -> str:
     return _class_of(driver.active.get_current_target().arch)
 
 
-def _gpu_class(x: Tensor) -> str:
+def gpu_class(x: Tensor) -> str:
+    """The class of the GPU where ``x`` lives, or that is compiled for."""
     if x.is_cuda:
         return _class_of_device(x.device.index)
     return _class_of(driver.active.get_current_target().arch)
@@ -172,7 +173,7 @@ def tile_of(
     row = max(block_d, 64)
     if x.dtype == torch.float32:
         return _FLOAT[kernel][row]
-    gpu = _gpu_class(x)
+    gpu = gpu_class(x)
     tile = _HALF[kernel, gpu][row]
     if x.shape[-1] != block_d:
         tile = _HALF_PADDED.get((kernel, gpu, row), tile)
@@ -205,7 +206,7 @@ def described(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
 def _has_tma(x: Tensor) -> bool:
     if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
         return _INTERPRETED_TMA
-    return _gpu_class(x) in ("hopper", "blackwell")
+    return gpu_class(x) in ("hopper", "blackwell")
 
 
 @triton.jit

@@ -267,7 +267,8 @@ def forward_fake(
     B, S_q, H, _ = q.shape
     o = q.new_empty(B, S_q, H, v.shape[3])
     lse = q.new_empty(B, H, S_q, dtype=torch.float32)
-    return o, lse, q.new_empty(lse.shape if q.dtype == torch.float32 else 0, dtype=torch.float32)
+    rows = lse.shape if q.dtype == torch.float32 else (0,)
+    return o, lse, q.new_empty(rows, dtype=torch.float32)
 
 
 def forward(

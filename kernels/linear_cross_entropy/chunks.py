@@ -52,7 +52,7 @@ def _chunk_kernel(
     begin, lead, count = aligned_part(row, stride_xm, read, EVEN, LANE)
     z_y = tl.load(x_ptr + begin + y).to(tl.float32)
     if HAS_SOFTCAP:
-        z_y = capped(z_y, softcap)
+        z_y, _ = capped(z_y, softcap)
     pivot = tl.where(z_y == float("-inf"), 0.0, z_y)
     m, d, mass, pull = row_statistics(
         x_ptr, weight_ptr, None,

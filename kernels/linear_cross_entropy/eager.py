@@ -197,14 +197,13 @@ CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
 
 
 def chunks_of(x: Tensor, V: int, rows: int | None) -> list[slice]:
-    """Rows by equal shares that keep within ``rows``, or within the budget of memory."""
+    """``rows`` at a time, or about equal shares within the budget of memory."""
     N = x.shape[0]
     if rows is None:
         rows = max(CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cuda"]) // (V * x.itemsize), 1)
-    number = triton.cdiv(N, rows)
-    rows = triton.cdiv(N, number)
-    if rows > 128 and number > 1:
-        rows = rows // 128 * 128
+        if rows >= 128:  # whole tiles of a product
+            number = triton.cdiv(N, rows // 128 * 128)
+            rows = triton.cdiv(N, 128 * number) * 128
     return [slice(start, min(start + rows, N)) for start in range(0, N, rows)]
 
 

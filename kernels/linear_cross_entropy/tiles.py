@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _dispatch
+from ..attention._tiles import gpu_class
 from ..cross_entropy import capped
 
 # --- kernels ------------------------------------------------------------------------------------
@@ -41,7 +42,10 @@ def _logits_of(
     HAS_SOFTCAP: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of logits in float32, -inf past the vocabulary; rows past the last repeat it."""
+    """A tile of logits in float32, -inf past the vocabulary, and the slope of their cap.
+
+    Rows past the last repeat it.
+    """
     offs_k = tl.arange(0, BLOCK_K)
     x_rows = tl.minimum(rows, N - 1).to(tl.int64)
     w_rows = tl.minimum(cols, V - 1).to(tl.int64)
@@ -61,9 +65,10 @@ def _logits_of(
         w_ptrs += BLOCK_K
     if bias_ptr is not None:
         z += tl.load(bias_ptr + w_rows).to(tl.float32)[None, :]
+    slope = 1.0
     if HAS_SOFTCAP:
-        z = capped(z, softcap)
-    return tl.where((cols < V)[None, :], z, float("-inf"))
+        z, slope = capped(z, softcap)
+    return tl.where((cols < V)[None, :], z, float("-inf")), slope
 
 
 @triton.jit
@@ -78,7 +83,7 @@ def _parts_kernel(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = rows < N
-    z = _logits_of(
+    z, _ = _logits_of(
         x_ptr, w_ptr, bias_ptr, rows, cols, stride_xm, stride_wv, N, V, H, softcap,
         HAS_SOFTCAP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
@@ -113,7 +118,7 @@ def _strip_kernel(
     strip_cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = first + strip_cols
     mask_m = rows < N
-    z = _logits_of(
+    z, slope = _logits_of(
         x_ptr, w_ptr, bias_ptr, rows, cols, stride_xm, stride_wv, N, V, H, softcap,
         HAS_SOFTCAP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
@@ -131,7 +136,7 @@ def _strip_kernel(
             w = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
         ds -= c[:, None] * w[None, :]
     if HAS_SOFTCAP:
-        ds *= 1.0 - (z / softcap) * (z / softcap)
+        ds *= slope
     places = rows.to(tl.int64)[:, None] * stride_ds + strip_cols[None, :]
     tl.store(ds_ptr + places, ds, mask=mask_m[:, None])
 
@@ -141,14 +146,20 @@ def _strip_kernel(
 STRIP_BYTES = 128 << 20  # of ds that the backward holds at once; unmeasured
 
 
-def _tile(x: Tensor, H: int) -> dict[str, int | bool]:
-    """The tile of a product; unmeasured."""
+def _tile(x: Tensor, H: int, *, light: bool = False) -> dict[str, int | bool]:
+    """The tile of a product; unmeasured.
+
+    light: Nothing but statistics follows the product. On GPUs whose tensor cores read
+    operands from shared memory a tile of twice the columns then fits into the registers: for
+    8192 rows of 768 and 50257 classes a modelled 1.4 ms against 1.8 ms on sm_90.
+    """
     if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
         m, n, k, group, warps, stages = 16, 128, 32, 2, 4, 1
     elif x.dtype == torch.float32:  # both halves of each operand, for three tf32 products
         m, n, k, group, warps, stages = 64, 64, 32, 8, 4, 2
     else:
-        m, n, k, group, warps, stages = 128, 128, 64, 8, 8, 3
+        wide = light and gpu_class(x) in ("hopper", "blackwell")
+        m, n, k, group, warps, stages = 128, 256 if wide else 128, 64, 8, 8, 3
     return {
         "BLOCK_M": m,
         "BLOCK_N": n,
@@ -210,7 +221,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Of each row of logits: m, d, the target's logit (0 if it is not here), and sum(w z)."""
     (N, H), V = x.shape, matrix.shape[0]
-    tile = _tile(x, H)
+    tile = _tile(x, H, light=bias is None and softcap == 0.0 and not wants_pull)
     tiles_m, tiles_n = triton.cdiv(N, tile["BLOCK_M"]), triton.cdiv(V, tile["BLOCK_N"])
     m, d = x.new_empty(2, tiles_n, N, dtype=torch.float32).unbind()
     pull = torch.empty_like(m) if wants_pull else None

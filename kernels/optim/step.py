@@ -11,7 +11,9 @@ from torch.optim.adam import adam as torch_adam
 from .._dispatch import dispatched
 from .._op import Inputs, Op
 from .._register import torch_op
-from .plan import TRITON_DTYPES, Plan, Row, is_dense
+from .fused import advance, uncovered_tensors
+from .kernels import ADAM, ADAMW
+from .plan import Plan, Row, is_dense
 
 
 def reference(
@@ -33,6 +35,7 @@ def reference(
     found_inf: Tensor | None = None,
     decoupled_weight_decay: bool = True,
     max_grad_norm: float | None = None,
+    cautious: bool = False,
 ) -> None:
     """A step of PyTorch's for-loop over the tensors."""
     if found_inf is not None and found_inf.item():
@@ -42,6 +45,13 @@ def reference(
     if max_grad_norm is not None and grads:
         norm = torch.nn.utils.get_total_norm([g.float() for g in grads])
         grads = [g * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0) for g in grads]
+    if cautious:
+        _cautious_step(
+            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr=lr, beta1=beta1,
+            beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=amsgrad, maximize=maximize,
+            decoupled=decoupled_weight_decay,
+        )  # fmt: skip
+        return
     with torch.no_grad():
         torch_adam(
             params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps,
@@ -49,6 +59,44 @@ def reference(
             weight_decay=weight_decay, eps=eps, maximize=maximize,
             decoupled_weight_decay=decoupled_weight_decay,
         )  # fmt: skip
+
+
+@torch.no_grad()
+def _cautious_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool,
+    maximize: bool,
+    decoupled: bool,
+) -> None:
+    """AdamW with the mask of Liang et al. 2024, which PyTorch does not have."""
+    lists = (params, grads, exp_avgs, exp_avg_sqs, state_steps)
+    for i, (p, g, m, v, step) in enumerate(zip(*lists, strict=True)):
+        step += 1
+        g = -g if maximize else g.clone()
+        if decoupled:
+            p.mul_(1 - lr * weight_decay)
+        else:
+            g += weight_decay * p
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        largest = v
+        if amsgrad:
+            largest = torch.maximum(max_exp_avg_sqs[i], v, out=max_exp_avg_sqs[i])
+        denominator = (largest / (1 - beta2 ** step.item())).sqrt() + eps
+        agrees = (m * g > 0).to(p.dtype)
+        share = agrees.mean(dtype=torch.float32).clamp(min=1e-3)
+        p -= (lr / (1 - beta1 ** step.item()) / share).to(p.dtype) * agrees * m / denominator
 
 
 # --- launch -------------------------------------------------------------------------------------
@@ -73,6 +121,7 @@ def _fake(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     max_grad_norm: float | None,
+    cautious: bool,
 ) -> None:
     return None
 
@@ -100,52 +149,26 @@ def _step(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     max_grad_norm: float | None,
+    cautious: bool,
 ) -> None:
     lists = (params, grads, exp_avgs, exp_avg_sqs)
     largest: Sequence[Tensor | None] = max_exp_avg_sqs if amsgrad else [None] * len(params)
+    algorithm = "adamw" if decoupled else "adam"
     rows = [
-        Row(p, g, m, v, vmax, step, 0, decoupled, i)
+        Row(p, g, m, v, vmax, step, 0, algorithm, i, cautious=cautious)
         for i, (p, g, m, v, vmax, step) in enumerate(zip(*lists, largest, state_steps, strict=True))
     ]
     plan = Plan(rows)
     plan.take_gradients(grads)
-    hyper = [
-        [lr, beta1, beta2, eps, weight_decay, -1.0 if maximize else 1.0, float(decoupled), 0.0]
-    ]
+    kind = float((ADAMW if decoupled else ADAM).value)
+    sign = -1.0 if maximize else 1.0
+    hyper = [[lr, beta1, beta2, eps, weight_decay, sign, kind, 0.0, 1.0]]
     plan.set_hyper(hyper, [] if lr_tensor is None else [(0, 0, lr_tensor)])
     plan.run(grad_scale, found_inf, max_grad_norm)
     advance([state_steps[i] for i in plan.host_steps], found_inf)
 
 
-def advance(steps: list[Tensor], found_inf: Tensor | None) -> None:
-    """Counts the step on the host, where the kernel did not."""
-    if steps and (found_inf is None or not found_inf.item()):
-        torch._foreach_add_(steps, 1)
-
-
 # --- public -------------------------------------------------------------------------------------
-
-
-def uncovered_tensors(*tensors: Tensor) -> str | None:
-    """Why the kernel does not update a parameter with these tensors, the parameter first."""
-    p = tensors[0]
-    if any(t.dtype != tensors[2].dtype for t in tensors[3:]):
-        return "the states differ in dtype"
-    for t in tensors:
-        if t.dtype not in TRITON_DTYPES:
-            return f"a tensor is {t.dtype}"
-        if t.device != p.device:
-            return f"a tensor is on {t.device} and its parameter on {p.device}"
-        if t.shape != p.shape:
-            return f"a tensor has shape {tuple(t.shape)}, not its parameter's {tuple(p.shape)}"
-        if t.layout is not torch.strided:
-            return f"a tensor has layout {t.layout}"
-        if (
-            any(s == 0 and n > 1 for s, n in zip(t.stride(), t.shape, strict=True))
-            and t is not tensors[1]
-        ):
-            return "elements of a tensor share memory"
-    return None
 
 
 def _uncovered(
@@ -215,12 +238,13 @@ def _eager_op(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     max_grad_norm: float | None,
+    cautious: bool,
 ) -> None:
     """PyTorch's fused kernel where it is right and leaves the gradients alone, else its loop."""
     given = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
     lists = [list(tensors) for tensors in given]
     one_dtype = all(p.dtype == params[0].dtype for p in params)
-    as_given = grad_scale is None and found_inf is None and max_grad_norm is None
+    as_given = grad_scale is None and found_inf is None and max_grad_norm is None and not cautious
     step: Callable[..., Any] = reference
     options: dict[str, Any] = {}
     if as_given and one_dtype and all_suit_torch_fused(lists):
@@ -229,7 +253,7 @@ def _eager_op(
     else:
         options = {
             "decoupled_weight_decay": decoupled, "grad_scale": grad_scale, "found_inf": found_inf,
-            "max_grad_norm": max_grad_norm,
+            "max_grad_norm": max_grad_norm, "cautious": cautious,
         }  # fmt: skip
     with torch.no_grad():
         step(
@@ -278,6 +302,7 @@ def _arguments(
     found_inf: Tensor | None = None,
     decoupled_weight_decay: bool = True,
     max_grad_norm: float | None = None,
+    cautious: bool = False,
 ) -> tuple[Any, ...]:
     """The public function's arguments as the operators take them."""
     if max_grad_norm is not None and not max_grad_norm > 0.0:
@@ -287,7 +312,7 @@ def _arguments(
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else [], state_steps,
         0.0 if on_device else float(lr), beta1, beta2, eps, weight_decay,
         amsgrad, maximize, decoupled_weight_decay,
-        lr if on_device else None, grad_scale, found_inf, max_grad_norm,
+        lr if on_device else None, grad_scale, found_inf, max_grad_norm, cautious,
     )  # fmt: skip
 
 
@@ -311,6 +336,7 @@ def adamw_step(
     found_inf: Tensor | None = None,
     decoupled_weight_decay: bool = True,
     max_grad_norm: float | None = None,
+    cautious: bool = False,
 ) -> None:
     """One step of AdamW in place on lists of tensors; the arguments of torch.optim.adamw.adamw.
 
@@ -334,6 +360,8 @@ def adamw_step(
         decoupled_weight_decay: False gives Adam.
         max_grad_norm: Scales the gradients so that the norm of all of them is at most this;
             positive. torch.optim.adamw.adamw has no such argument.
+        cautious: Leaves out the elements that would go up their gradient, and scales the others of
+            a tensor up by as much (https://arxiv.org/abs/2411.16085). Nor has it this one.
 
     Raises:
         ValueError: ``max_grad_norm`` is not positive.
@@ -345,6 +373,7 @@ def adamw_step(
             lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=amsgrad,
             maximize=maximize, grad_scale=grad_scale, found_inf=found_inf,
             decoupled_weight_decay=decoupled_weight_decay, max_grad_norm=max_grad_norm,
+            cautious=cautious,
         )
     )  # fmt: skip
 
@@ -396,11 +425,12 @@ OP = Op(
         {"shapes": ((130, 65), (3,)), "amsgrad": True},
         {"shapes": ((40, 20),), "decoupled_weight_decay": False, "maximize": True},
         {"shapes": ((60, 30), (7,)), "max_grad_norm": 0.5},
+        {"shapes": ((130, 70), (7,), (0,)), "cautious": True},
     ),
     bench_sizes=({"shapes": _GPT2}, {"shapes": _GPT2, "max_grad_norm": 1.0}),
-    work=lambda params, grads, max_grad_norm=None, **_: (
-        sum(6 * p.nbytes for p in params)
-        + sum(g.nbytes for g in grads) * (1 + bool(max_grad_norm)),
+    work=lambda params, grads, max_grad_norm=None, cautious=False, **_: (
+        sum((6 + bool(cautious)) * p.nbytes for p in params)
+        + sum(g.nbytes for g in grads) * (1 + bool(max_grad_norm) + bool(cautious)),
         15 * sum(p.numel() for p in params),
     ),
 )
