@@ -50,7 +50,8 @@ def _norm(
     dtypes = {t.dtype for t in (x, weight, bias) if t is not None}
     if len(dtypes) > 1:  # else nothing to convert, which on a CPU would cost as much as the norm
         wide = functools.reduce(torch.promote_types, dtypes)
-        x, weight, bias = (None if t is None else t.to(wide) for t in (x, weight, bias))
+        x = x.to(wide)
+        weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
     if centred:
         return F.layer_norm(x, shape, weight, bias, eps)
     return rms_norm_reference(x, shape, weight, eps, weight_offset=weight_offset)

@@ -111,11 +111,11 @@ def _check(
         if not isinstance(value, Tensor) and not 0 <= value <= largest:
             raise ValueError(f"sample: {name} must be {rule}; got {value}")
     given = {name: value for name, (value, _, _) in limits.items()} | {"seed": seed}
-    for name, value in given.items():
-        if isinstance(value, Tensor) and tuple(value.shape) not in ((), (1,), logits.shape[:1]):
+    for name, setting in given.items():
+        if isinstance(setting, Tensor) and tuple(setting.shape) not in ((), (1,), logits.shape[:1]):
             raise ValueError(
                 f"sample: {name} must be one value or ({logits.shape[0]},), one a row; "
-                f"got {tuple(value.shape)}"
+                f"got {tuple(setting.shape)}"
             )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,7 +164,7 @@ def as_prompts(ids: Prompts, vocab_size: int) -> list[list[int]]:
         if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
             raise must("ids", "be (B, T) integers", f"{ids.dtype} {tuple(ids.shape)}")
         ids = ids.reshape(-1, ids.shape[-1]).tolist()
-    many = [p.tolist() if isinstance(p, Tensor) else p for p in ids]
+    many: list[Any] = [p.tolist() if isinstance(p, Tensor) else p for p in ids]
     if many and all(isinstance(p, int) for p in many):
         many = [many]
     for prompt in many:

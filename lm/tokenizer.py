@@ -358,8 +358,11 @@ def write_tokenizer(
 
 
 def _write_config(folder: Path, end: str | None, chat_template: str | None = None) -> None:
-    data = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
-    data["clean_up_tokenization_spaces"] = False
+    data: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": end,
+        "clean_up_tokenization_spaces": False,
+    }
     if chat_template is not None:
         data["chat_template"] = chat_template
     _write_json(folder / "tokenizer_config.json", data)
