@@ -36,34 +36,43 @@ class Scenario:
 # --- question answering -------------------------------------------------------------------------
 
 _PEOPLE = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Greta", "Hugo")
-_DOINGS = (
-    "sings",
-    "draws",
-    "reads",
-    "cooks",
-    "sleeps",
-    "dances",
-    "writes",
-    "swims",
-    "runs",
-    "paints",
+_TOWNS = ("Bern", "Dublin", "Kyoto", "Lagos", "Madrid", "Prague", "Seoul", "Turin")
+_INSTRUMENTS = ("piano", "violin", "flute", "harp", "cello", "trumpet")
+_TRADES = ("nurse", "baker", "pilot", "tailor", "judge", "miner")
+_LIVES = (
+    "{who}, a {trade} born in {born}, lives in {home} and plays the {instrument}.",
+    "Born in {born}, the {trade} {who} plays the {instrument} and lives in {home}.",
+    "In {home} lives {who}, a {trade} who plays the {instrument} and was born in {born}.",
 )
+_QUESTIONS = {
+    "home": "Where does {who} live?",
+    "born": "Where was {who} born?",
+    "instrument": "What does {who} play?",
+    "trade": "What is the trade of {who}?",
+}
 
 
 def _question(rng: random.Random) -> tuple[str, str]:
-    """What somebody does, of people who change what they do: the last word on them counts."""
-    people = rng.sample(_PEOPLE, 3)
-    facts = [(rng.choice(people), rng.choice(_DOINGS)) for _ in range(4)]
-    told = " ".join(f"{who} {doing}." for who, doing in facts)
-    asked = rng.choice(sorted({who for who, _ in facts}))
-    doing = next(doing for who, doing in reversed(facts) if who == asked)
-    return f"{told} What does {asked} do?", f"{asked} {doing}"
+    """A sentence about somebody, and a question about one thing of the four that it tells."""
+    born, home = rng.sample(_TOWNS, 2)
+    facts = {
+        "who": rng.choice(_PEOPLE),
+        "born": born,
+        "home": home,
+        "instrument": rng.choice(_INSTRUMENTS),
+        "trade": rng.choice(_TRADES),
+    }
+    asked = rng.choice(tuple(_QUESTIONS))
+    told = f"{rng.choice(_LIVES)} {_QUESTIONS[asked]}"
+    return told.format(**facts), facts[asked]
 
 
-def _last_doing(prompt: str) -> str:
-    """What was told last, whoever does it."""
-    told, asked = prompt.removesuffix(" do?").rsplit(" What does ", 1)
-    return f"{asked} {told.split()[-1].strip('.')}"
+def _last_of_kind(prompt: str) -> str:
+    """The last word of the kind that is asked for: a town, an instrument or a trade."""
+    kinds = {"Where": _TOWNS, " play?": _INSTRUMENTS, "trade": _TRADES}
+    kind = next(kind for mark, kind in kinds.items() if mark in prompt)
+    words = [word.strip(".,") for word in prompt.split()]
+    return next(word for word in reversed(words) if word in kind)
 
 
 # --- summarisation ------------------------------------------------------------------------------
@@ -111,10 +120,10 @@ def _report(rng: random.Random) -> tuple[str, str]:
 SCENARIOS = {
     "generation": Scenario("stories about an animal", stories.make, accepts=stories.is_story),
     "qa": Scenario(
-        "who does what, when it changes",
+        "a question about a sentence",
         _question,
-        rule=_last_doing,
-        rule_name="what was told last",
+        rule=_last_of_kind,
+        rule_name="last word of the kind",
     ),
     "summarisation": Scenario("a report's headline", _report),
     "translation": Scenario(
