@@ -54,7 +54,9 @@ def in_words(rows: Sequence[dict[str, Any]]) -> str:
     return (
         "The peer's modelled time over ours, of its own kernels alone: above 1 ours is faster. Of "
         f"{len(said)} figures {said.count('win')} are wins, {said.count('loss')} are losses, and "
-        f"the rest are within {CLOSE:.0%}, where the model cannot tell."
+        f"the rest are within {CLOSE:.0%}, where the model cannot tell. Liger-Kernel's losses "
+        "compute their gradient in the forward, and their backward leaves its pass out where the "
+        "incoming gradient is 1: add forward and backward up before judging them."
     )
 
 

@@ -15,7 +15,7 @@ from .against import against_peers, peers_table
 from .contenders import triton_peers, versions
 from .files import add_outputs, check_files, check_ops, read_report, write
 from .report import html
-from .static import ALL_TARGETS, TARGETS, static_report
+from .static import ALL_TARGETS, DEFAULT_TARGETS, TARGETS, static_report
 from .table import static_table
 from .timed_report import timed_html
 
@@ -74,7 +74,8 @@ def _add_static(parser: argparse.ArgumentParser) -> None:
         "--target",
         action="append",
         metavar="SM",
-        help=f"one of {', '.join(ALL_TARGETS)}, or all; may be repeated",
+        help=f"one of {', '.join(ALL_TARGETS)}, or all; may be repeated "
+        f"(default: {' and '.join(DEFAULT_TARGETS)})",
     )
     parser.add_argument(
         "--sizes",
@@ -119,7 +120,7 @@ def _default(args: argparse.Namespace) -> int:
 
 
 def _static(args: argparse.Namespace) -> int:
-    targets = args.target or list(TARGETS)
+    targets = args.target or list(DEFAULT_TARGETS)
     if "all" in targets:
         targets = list(ALL_TARGETS)
     for target in targets:
@@ -175,7 +176,7 @@ def _peers(args: argparse.Namespace) -> int:
     names = [name for name in OPS if triton_peers(name)]
     if not names:
         raise ValueError("bench: no peer is installed; try pip install liger-kernel")
-    report = static_report(ops=names, peers=True)
+    report = static_report(targets=TARGETS, ops=names, peers=True)
     print(peers_table(report))
     if args.json:
         env = report["environment"]

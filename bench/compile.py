@@ -27,22 +27,24 @@ class Failure:
     message: str
 
 
-def _out_of_time(signum: int, frame: Any) -> None:
-    raise TimeoutError
-
-
 def _compile_one(launch: Launch, arch: int, seconds: float) -> Any:
     """The compiled kernel, or why there is none; ptxas is killed at the limit."""
-    before = signal.signal(signal.SIGALRM, _out_of_time)
+    rung: list[int] = []
+
+    def out_of_time(signum: int, frame: Any) -> None:
+        rung.append(signum)
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, out_of_time)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, should something swallow it
     try:
         return launch.compile(arch)
     except Exception as caught:  # the compiler's own, of any kind
+        if rung:  # whatever the compiler made of it
+            return f"not compiled after {seconds:.0f} s"
         error: BaseException | None = caught
         causes = []
         while error is not None:
-            if isinstance(error, TimeoutError):  # bare, or in what the compiler made of it
-                return f"not compiled after {seconds:.0f} s"
             last = (str(error).strip().splitlines() or [""])[-1]
             causes.append(f"{type(error).__name__}: {last[:200]}")
             error = error.__cause__

@@ -77,19 +77,21 @@ def _positional(op: Op, inputs: dict[str, Any]) -> tuple[list[Any], dict[str, An
     return [inputs[n] for n in first], {n: v for n, v in inputs.items() if n not in first}
 
 
-def call_row(op: Op, calls: int = 2000, rounds: int = 7) -> dict[str, Any]:
+def call_row(op: Op, seconds: float = 0.2, rounds: int = 7) -> dict[str, Any]:
     """Microseconds of a CPU call at the op's smallest size, fused and PyTorch's own, in turns."""
     dtype = torch.float32 if torch.float32 in op.dtypes else op.dtypes[0]
     inputs = op.example(dtype, CPU, **op.sizes[0])
     given = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     args, kwargs = _positional(op, given)
     best = {"fused": float("inf"), "eager": float("inf")}
-    for _ in range(rounds):
+    calls = 1  # a round; as many as fit once a call's time is known
+    for _ in range(1 + rounds):
         for name, function in (("fused", op.fused), ("eager", eager_of(op))):
             started = time.perf_counter()
-            for _ in range(calls // rounds):
+            for _ in range(calls):
                 function(*args, **kwargs)
-            best[name] = min(best[name], (time.perf_counter() - started) / (calls // rounds))
+            best[name] = min(best[name], (time.perf_counter() - started) / calls)
+        calls = max(1, int(seconds / rounds / 2 / max(best.values())))
     return {
         "op": op.name,
         "fused_us": round(best["fused"] * 1e6, 2),

@@ -206,7 +206,7 @@ def test_inputs_go_by_place_where_they_can():
 
 
 def test_calls_and_imports_are_measured():
-    row = call_row(OPS["layer_norm"], calls=70)
+    row = call_row(OPS["layer_norm"], seconds=0.01)
     assert row["fused_us"] > 0
     assert row["over_us"] == pytest.approx(row["fused_us"] - row["eager_us"], abs=0.02)
     assert 0 < import_seconds(tries=1) < 5
