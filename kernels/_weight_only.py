@@ -121,6 +121,9 @@ def sum_shares(parts: Tensor, scales: Tensor | None, bias: Tensor | None, y: Ten
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight is codes and scales, in buffers; the bias stays a parameter."""
 
+    qweight: Tensor
+    scales: Tensor
+
     def __init__(self, in_features: int, out_features: int, bias: Tensor | None, **codes: Tensor):
         super().__init__()
         self.in_features = in_features

@@ -363,9 +363,9 @@ def _uncovered(
     for name, t in (("x", x), ("weight", weight)):
         if t.dtype not in _FLOAT8:
             return f"{name} is {t.dtype}"
-    for name, t in (("scale_x", scale_x), ("scale_w", scale_w), ("bias", bias)):
-        if t is not None and t.dtype not in OP.dtypes:
-            return f"{name} is {t.dtype}"
+    for name, scale in (("scale_x", scale_x), ("scale_w", scale_w), ("bias", bias)):
+        if scale is not None and scale.dtype not in OP.dtypes:
+            return f"{name} is {scale.dtype}"
     given = (weight, scale_x, scale_w, *([] if bias is None else [bias]))
     if any(t.device != x.device for t in given):
         return "the tensors are on several devices"

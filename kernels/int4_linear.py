@@ -508,6 +508,8 @@ def int4_linear(
 class Int4Linear(QuantizedLinear):
     """``nn.Linear`` over int4 weights: buffers ``qweight``, ``scales``, ``zeros``; ``bias``."""
 
+    zeros: Tensor | None
+
     def __init__(
         self, in_features: int, out_features: int, bias: Tensor | None, *, group_size: int, **codes
     ):
