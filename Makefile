@@ -4,6 +4,7 @@
 PY ?= python3
 VENV ?= .venv
 PINS ?= constraints.txt
+JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.fastlm-installed
 DEV_STAMP := $(VENV)/.fastlm-dev-installed
@@ -30,7 +31,7 @@ demo: $(STAMP)
 	$(FASTLM) bench static --html report.html --run runs/demo
 
 test: $(STAMP)
-	$(BIN)/pytest -q $(ARGS)
+	$(BIN)/pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """Fused Triton ops with PyTorch's signatures. ``OPS`` lists each beside its eager reference."""
 
-from . import _dispatch, _interpreter
+from . import _dispatch, _interpreter, _sources
 from . import activations as _activations
 from . import add_norm as _add_norm
 from . import bias_gelu as _bias_gelu
@@ -55,6 +55,7 @@ from .rotary import rotary_embedding
 from .sampling import sample
 from .softmax import log_softmax, softmax
 
+_sources.restore()
 if _dispatch._cpu_runner == "interpreter":
     _interpreter.install()
 

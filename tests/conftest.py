@@ -12,6 +12,11 @@ from fastlm.kernels._interpreter import interpreted
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """What compiles every kernel takes longest: the processes that share the tests start with it."""
+    items.sort(key=lambda item: item.path.name not in ("test_compile.py", "test_bench_snapshot.py"))
+
+
 @pytest.fixture
 def kernels():
     """Inside the test, ops on CPU tensors run their Triton kernels in the interpreter."""

@@ -1,5 +1,6 @@
 """The package as users get it: names, one import of each module, a wheel that works anywhere."""
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 import fastlm.kernels
 
@@ -21,6 +23,21 @@ def test_every_public_name_exists_and_is_documented():
     for name in fastlm.kernels.__all__:
         thing = getattr(fastlm.kernels, name)
         assert name == "OPS" or thing.__doc__, f"{name} has no docstring"
+
+
+def test_sources_found_by_indentation_are_those_of_inspect():
+    """Triton compiles what the quick search found while the package was imported."""
+    kernels = [
+        thing
+        for module in list(sys.modules.values())
+        if module.__name__.startswith("fastlm.kernels")
+        for thing in vars(module).values()
+        if isinstance(thing, JITFunction)
+    ]
+    assert len(kernels) > 100
+    for kernel in kernels:
+        assert kernel.raw_src == inspect.getsourcelines(kernel.fn)[0], kernel
+    assert inspect.getblock.__module__ == "inspect"
 
 
 def test_folders_are_imported_under_one_name_only():
