@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """What compiles every kernel takes longest: the processes that share the tests start with it."""
+    """What compiles every kernel takes longest: processes that share the tests start there."""
     items.sort(key=lambda item: item.path.name not in ("test_compile.py", "test_bench_snapshot.py"))
 
 
