@@ -77,7 +77,7 @@ def _positional(op: Op, inputs: dict[str, Any]) -> tuple[list[Any], dict[str, An
     return [inputs[n] for n in first], {n: v for n, v in inputs.items() if n not in first}
 
 
-def call_row(op: Op, seconds: float = 0.2, rounds: int = 7) -> dict[str, Any]:
+def call_row(op: Op, seconds: float = 1.0, rounds: int = 15) -> dict[str, Any]:
     """Microseconds of a CPU call at the op's smallest size, fused and PyTorch's own, in turns."""
     dtype = torch.float32 if torch.float32 in op.dtypes else op.dtypes[0]
     inputs = op.example(dtype, CPU, **op.sizes[0])
