@@ -44,12 +44,12 @@ _LIVES = (
     "Born in {born}, the {trade} {who} plays the {instrument} and lives in {home}.",
     "In {home} lives {who}, a {trade} who plays the {instrument} and was born in {born}.",
 )
-_QUESTIONS = {
-    "home": "Where does {who} live?",
-    "born": "Where was {who} born?",
-    "instrument": "What does {who} play?",
-    "trade": "What is the trade of {who}?",
-}
+_QUESTIONS = (  # each with its answer
+    ("Where does {who} live?", "{who} lives in {home}"),
+    ("Where was {who} born?", "{who} was born in {born}"),
+    ("What does {who} play?", "{who} plays the {instrument}"),
+    ("What is the trade of {who}?", "{who} is a {trade}"),
+)
 
 
 def _question(rng: random.Random) -> tuple[str, str]:
@@ -62,17 +62,21 @@ def _question(rng: random.Random) -> tuple[str, str]:
         "instrument": rng.choice(_INSTRUMENTS),
         "trade": rng.choice(_TRADES),
     }
-    asked = rng.choice(tuple(_QUESTIONS))
-    told = f"{rng.choice(_LIVES)} {_QUESTIONS[asked]}"
-    return told.format(**facts), facts[asked]
+    question, answer = rng.choice(_QUESTIONS)
+    told = f"{rng.choice(_LIVES)} {question}"
+    return told.format(**facts), answer.format(**facts)
 
 
 def _last_of_kind(prompt: str) -> str:
-    """The last word of the kind that is asked for: a town, an instrument or a trade."""
-    kinds = {"Where": _TOWNS, " play?": _INSTRUMENTS, "trade": _TRADES}
-    kind = next(kind for mark, kind in kinds.items() if mark in prompt)
-    words = [word.strip(".,") for word in prompt.split()]
-    return next(word for word in reversed(words) if word in kind)
+    """The last word of the kind that is asked for, a town, an instrument or a trade, in a reply."""
+    words = [word.strip(".,?") for word in prompt.split()]
+    who = next(word for word in words if word in _PEOPLE)
+    kinds = (_TOWNS, _TOWNS, _INSTRUMENTS, _TRADES)
+    for (question, answer), kind in zip(_QUESTIONS, kinds, strict=True):
+        if prompt.endswith(question.format(who=who)):
+            said = next(word for word in reversed(words) if word in kind)
+            return f"{answer.rpartition(' ')[0]} {said}".format(who=who)
+    raise ValueError(f"qa: prompt must end with one of its questions; got {prompt!r}")
 
 
 # --- summarisation ------------------------------------------------------------------------------
