@@ -249,6 +249,17 @@ def _tile(M: int, by_block: bool) -> dict[str, int]:
     return {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": _BLOCK, "num_warps": 8, "num_stages": 3}
 
 
+def _whole_lanes(x: Tensor) -> Tensor:
+    """Rows (M, K) in steps of 16 bytes: a copy with zeros behind them where K is not such a step.
+
+    Byte by byte a tile would not fit its registers.
+    """
+    short = -x.shape[1] % 16
+    if not short and x.stride(0) % 16 == 0:
+        return x
+    return F.pad(x.view(torch.int8), (0, short)).view(x.dtype)
+
+
 def _quantize_fake(x: Tensor, by_block: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     groups = _blocks(x.shape[-1]) if by_block else 1
     codes = x.new_empty(x.shape, dtype=dtype)
@@ -297,7 +308,7 @@ def _forward(
     if y.numel() == 0:
         return y
     N, K = weight.shape
-    x, weight = rows_of(x, K), rows_of(weight, K)
+    x, weight = _whole_lanes(rows_of(x, K)), _whole_lanes(rows_of(weight, K))
     M, tile = x.shape[0], _tile(x.shape[0], by_block)
     scale_x, scale_w = scale_x.contiguous(), scale_w.contiguous()
     # One row of scales after another; all on one number where there is only one.
@@ -305,7 +316,7 @@ def _forward(
     stride_w = _blocks(K) if by_block else int(scale_w.numel() > 1)
     _tile_kernel[(triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)](
         x, weight, scale_x, scale_w, None if bias is None else bias.contiguous(), y,
-        x.stride(0), weight.stride(0), stride_x, stride_w, M, N, K,
+        x.stride(0), weight.stride(0), stride_x, stride_w, M, N, x.shape[1],
         BY_BLOCK=by_block, HAS_BIAS=bias is not None, **tile,
     )  # fmt: skip
     return y

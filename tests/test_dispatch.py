@@ -93,7 +93,7 @@ def test_importing_is_quick_and_leaves_the_gpu_alone():
         "import time, torch, triton; t = time.perf_counter(); import fastlm.kernels;"
         "print(time.perf_counter() - t, torch.cuda.is_initialized())"
     )
-    runs = [run(code) for _ in range(2)]
+    runs = [run(code, PYTHONDONTWRITEBYTECODE="") for _ in range(3)]  # the first writes bytecode
     seconds = min(float(r.stdout.split()[0]) for r in runs)
     assert seconds < 0.3, f"import fastlm.kernels took {seconds:.2f} s beyond torch and triton"
     assert all(r.stdout.split()[1] == "False" for r in runs)
