@@ -322,6 +322,15 @@ def test_french_agrees():
     )
 
 
+def test_the_rule_of_questions_takes_the_last_of_its_kind():
+    qa = scenarios.SCENARIOS["qa"]
+    assert qa.rule is not None
+    told = "Born in Bern, the miner Anna plays the harp and lives in Turin."
+    asked = ["Where was Anna born?", "What does Anna play?", "What is the trade of Anna?"]
+    said = ["Anna was born in Turin", "Anna plays the harp", "Anna is a miner"]
+    assert [qa.rule(f"{told} {question}") for question in asked] == said
+
+
 def test_scores_of_words():
     assert scores.word_f1("The cat, sat", "the cat ran") == pytest.approx(2 / 3)
     assert scores.rouge_l("a b c d", "a c b d") == pytest.approx(3 / 4)
