@@ -88,6 +88,10 @@ def _host(report: dict[str, Any]) -> list[str]:
         [row["op"], str(row["fused_us"]), str(row["eager_us"]), f"{row['over_us']:+.2f}"]
         for row in report["calls"]
     ]
+    models = [
+        [row["model"], str(row["tokens"]), *(human(row[k]) + "B" for k in ("fused", "eager"))]
+        for row in report["models"]
+    ]
     steps = [
         [row["model"], *(str(row[k]) for k in ("launches", "other_operators", "eager_operators"))]
         for row in report["steps"]
@@ -99,6 +103,13 @@ def _host(report: dict[str, Any]) -> list[str]:
         "launches of a forward and a backward. `eager` is the op's reference on CPU tensors.",
         "",
         *_table(["op", "inputs", "kept", "kept by eager", "launches"], memory),
+        "",
+        "## Memory of a model",
+        "",
+        "Bytes a token that a bfloat16 model keeps for the backward, parameters apart, counted: with "
+        "our kernels, and with their eager references.",
+        "",
+        *_table(["model", "tokens a sequence", "fused", "eager"], models),
         "",
         "## Launches of a training step",
         "",

@@ -150,6 +150,25 @@ def step_row(preset: str) -> dict[str, Any]:
     }
 
 
+def model_memory_row(preset: str, tokens: int = 1024) -> dict[str, Any]:
+    """Bytes a token that a bfloat16 model keeps for its backward, parameters apart; counted."""
+    from fastlm.lm import GPT, GPTConfig
+
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+
+    def kept(ops: Any) -> int:
+        model = GPT(GPTConfig.preset(preset), ops=ops).bfloat16()
+        own = [*model.parameters(), *model.buffers()]
+        inputs = {"ids": ids, "targets": ids, "own": own}
+        return saved_bytes(lambda ids, targets, own: model(ids, targets)[1], inputs) // tokens
+
+    with untouched_memory(), hollow_results():
+        with capture_launches(90):
+            fused = kept("fused")
+        eager = kept("eager")
+    return {"model": preset, "tokens": tokens, "fused": fused, "eager": eager}
+
+
 def import_seconds(tries: int = 3) -> float:
     """Seconds of ``import fastlm.kernels`` after torch and triton, the best of several."""
     code = (
@@ -172,6 +191,7 @@ def host_report() -> dict[str, Any]:
     drop_ins = [op for op in OPS.values() if getattr(op.fused, "dispatch", None) is not None]
     return {
         "memory": [memory_row(op) for op in OPS.values()],
+        "models": [model_memory_row(preset) for preset in ("gpt2", "smollm2-135m")],
         "steps": [step_row(preset) for preset in ("tiny", "gpt2", "smollm2-135m")],
         "calls": [call_row(op) for op in drop_ins],
         "import_seconds": round(import_seconds(), 3),
@@ -192,6 +212,10 @@ def host_table(report: dict[str, Any]) -> str:
         )
         for row in report["memory"]
     ]
+    models = [("model", "tokens", "fused", "eager")] + [
+        (row["model"], str(row["tokens"]), *(human(row[k]) + "B" for k in ("fused", "eager")))
+        for row in report["models"]
+    ]
     calls = [("op", "fused us", "PyTorch us", "over us")] + [
         (row["op"], *(digits(row[k]) for k in ("fused_us", "eager_us")), f"{row['over_us']:+.2f}")
         for row in report["calls"]
@@ -204,6 +228,9 @@ def host_table(report: dict[str, Any]) -> str:
         [
             "Kept for the backward beyond inputs and results, and kernel launches (counted):",
             *columns(memory, right=(2, 3, 4, 5)),
+            "",
+            "Kept for the backward by a bfloat16 model, a token (counted):",
+            *columns(models, right=(1, 2, 3)),
             "",
             "A training step (counted):",
             *columns(steps, right=(1, 2, 3)),
