@@ -106,8 +106,8 @@ def _host(report: dict[str, Any]) -> list[str]:
         "",
         "## Memory of a model",
         "",
-        "Bytes a token that a bfloat16 model keeps for the backward, parameters apart, counted: with "
-        "our kernels, and with their eager references.",
+        "Bytes a token that a bfloat16 model keeps for the backward, parameters apart, counted: "
+        "with our kernels, and with their eager references.",
         "",
         *_table(["model", "tokens a sequence", "fused", "eager"], models),
         "",
