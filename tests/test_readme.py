@@ -66,3 +66,16 @@ def test_running_as_a_module_is_the_same_program():
     )
     assert run.returncode == 0
     assert "train" in run.stdout
+
+
+def test_the_commands_of_the_makefile_parse():
+    """Their flags exist, and none hides the function that runs the verb."""
+    from fastlm.__main__ import build_parser
+
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^\t@?\$\(FASTLM\) (.*)$", makefile, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        words = shlex.split(command.replace("$(ARGS)", ""))
+        args = build_parser(words[0]).parse_args(words)
+        assert callable(args.entry), command

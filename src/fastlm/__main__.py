@@ -29,7 +29,7 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
         if name == verb:
             code = importlib.import_module(module)
             code.add_arguments(sub)
-            sub.set_defaults(run=code.run)
+            sub.set_defaults(entry=code.run)  # no flag has this name
     return parser
 
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = next((word for word in words if not word.startswith("-")), None)
     args = build_parser(verb).parse_args(words)
     try:
-        return args.run(args)
+        return args.entry(args)
     except (ValueError, ArithmeticError, OSError) as error:
         print(f"fastlm {args.verb}: {error}", file=sys.stderr)
         return 2
