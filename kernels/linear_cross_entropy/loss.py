@@ -10,7 +10,7 @@ from .._dispatch import dispatched
 from .._op import Inputs, Op
 from ..cross_entropy import check_extensions, uncovered_classes
 from .chunks import chunked
-from .eager import reference
+from .eager import chunks_of, reference
 from .rows import rows_apart
 
 # --- public -------------------------------------------------------------------------------------
@@ -80,9 +80,14 @@ def _checked(options: dict[str, Any]) -> None:
 
 
 def _eager(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """The same steps in PyTorch's ops; all logits at once where a call needs that."""
+    """The same steps in PyTorch's ops; all logits at once where a call needs that, or they fit."""
     _checked(options)
     reason = _unchunked(input, linear_weight, target, **options)
+    plain = not {"chunk_size", "impl", "options", "process_group"} & options.keys()
+    if plain and reason is None and input.device.type == "cpu":
+        rows = input.reshape(-1, input.shape[-1])
+        if len(chunks_of(rows, linear_weight.shape[0], None)) == 1:
+            return reference(input, linear_weight, target, **options)
     if reason is None:
         return _in_parts(input, linear_weight, target, fused=False, **options)
     if options.get("process_group") is not None:
