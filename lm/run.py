@@ -67,6 +67,7 @@ class Run:
             for name, value in record.items():
                 if name != "step":
                     self.writer.add_scalar(name, value, record["step"])
+            self.writer.flush()  # a kill loses nothing logged
 
     def save(self, loop: "Loop") -> None:
         """Writes a checkpoint, the model at the top of the folder, and the picture."""
