@@ -9,7 +9,6 @@ imported without TRITON_INTERPRET, so one process can interpret a kernel and com
 import contextlib
 import dataclasses
 import sys
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from triton.runtime import driver, interpreter
 from triton.runtime.jit import JITFunction
 
 from ._dispatch import cpu_runner
+from ._interpreter_speed import be_quick
 
 _Handle = interpreter.TensorHandle
 _Builder = interpreter.InterpreterBuilder
@@ -119,7 +119,7 @@ def install(emulate_tf32: bool = False, check_int_overflow: bool = False) -> Non
     _mend_reductions()
     _mend_scalars()
     _be_strict(check_int_overflow)
-    _be_quick()
+    be_quick()
 
 
 def _mend_arithmetic() -> None:
@@ -330,47 +330,6 @@ def _be_strict(check_int_overflow: bool) -> None:
     builder.options = dataclasses.replace(
         builder.options, sanitize_overflow=check_int_overflow, debug=check_int_overflow
     )
-
-
-def _be_quick() -> None:
-    """Patches triton.language once a launch, not on every nested call; restores it always."""
-    stock_patch, stock_dtype = interpreter._patch_lang, interpreter._get_np_dtype
-    everything = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
-    active: list[Any] = []
-    numpy_types: dict[str, Any] = {}
-
-    class Scope:
-        def __init__(self, inner: Any):
-            self.inner = inner
-
-        def restore(self) -> None:
-            if self.inner is not None:
-                self.inner.restore()
-                active.pop()
-
-    def patch_lang(function):
-        if active:
-            return Scope(None)
-        active.append(Scope(stock_patch(everything)))
-        return active[-1]
-
-    def call(self, *args, **kwargs):
-        scope = patch_lang(self.fn)
-        try:
-            return self.rewrite()(*args, **kwargs)
-        finally:
-            scope.restore()
-
-    def get_np_dtype(kind):
-        if isinstance(kind, (tl.block_type, tl.pointer_type)):
-            return stock_dtype(kind)
-        if kind.name not in numpy_types:
-            numpy_types[kind.name] = stock_dtype(kind)
-        return numpy_types[kind.name]
-
-    interpreter._patch_lang = patch_lang
-    interpreter.InterpretedFunction.__call__ = call
-    interpreter._get_np_dtype = get_np_dtype
 
 
 # --- interpreter without TRITON_INTERPRET -------------------------------------------------------
