@@ -222,7 +222,7 @@ class Muon(Fused):
         adamw_betas: As torch.optim.AdamW.
         adamw_eps: As torch.optim.AdamW.
         adamw_weight_decay: None is ``weight_decay``.
-        capturable: Keeps the steps on the device, for CUDA graphs.
+        capturable: Keeps the steps on the device, for CUDA graphs; see ``Adam``.
         fused: As ``AdamW``; False is torch's.
         max_grad_norm: As ``AdamW``, with all that follow.
         state_dtype: Of the running means of both kinds.

@@ -124,8 +124,8 @@ def is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense_or_false(t)
 
 
-def _uploaded(values: Tensor, device: torch.device) -> Tensor:
-    """The values, which are the host's, in device memory, without waiting for the device."""
+def _to_send(values: Tensor, device: torch.device) -> Tensor:
+    """The host's values, where the device can copy them from without anyone waiting."""
     if device.type != "cuda":
         return values
     if torch.cuda.is_current_stream_capturing():
@@ -133,8 +133,12 @@ def _uploaded(values: Tensor, device: torch.device) -> Tensor:
             "step: a CUDA graph needs the tensors of the step before it: take an uncaptured step "
             "first, keep the gradients (zero_grad(set_to_none=False)), and give lr as a tensor"
         )
-    # The host allocator waits before it reuses what is pinned.
-    return values.pin_memory().to(device, non_blocking=True)
+    return values.pin_memory()  # the host allocator waits before it reuses this
+
+
+def _uploaded(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values in device memory, without waiting for the device."""
+    return _to_send(torch.tensor(values, dtype=dtype), device).to(device, non_blocking=True)
 
 
 def _pointer(t: Tensor | None) -> tuple[torch.dtype, bool] | None:
@@ -180,7 +184,7 @@ class Plan:
         self.mirror: Tensor | None = None
         if self.host_steps:
             values = [float(rows[i].step) for i in self.host_steps]
-            self.mirror = _uploaded(torch.tensor(values, dtype=torch.float32), self.device)
+            self.mirror = _uploaded(values, torch.float32, self.device)
             for k, i in enumerate(self.host_steps):
                 columns[i][STEP_ROW.value] = self.mirror.data_ptr() + 4 * k
         for slot, i in enumerate(
@@ -188,7 +192,7 @@ class Plan:
         ):
             columns[i][SLOT_ROW.value] = slot
         table = list(zip(*columns, strict=True))
-        self.table = _uploaded(torch.tensor(table, dtype=torch.int64), self.device)
+        self.table = _uploaded(table, torch.int64, self.device)
         self.scalars = torch.empty(
             self.size, SCALARS.value, dtype=torch.float32, device=self.device
         )
@@ -213,9 +217,7 @@ class Plan:
                 if row.place and row.place.groups == groups
             ]
             if groups:
-                self.shared_slots.append(
-                    (groups, _uploaded(torch.tensor(slots, dtype=torch.int64), self.device))
-                )
+                self.shared_slots.append((groups, _uploaded(slots, torch.int64, self.device)))
 
     def _batches(self, rows: Sequence[Row]) -> tuple[list[_Batch], dict[int, Tensor]]:
         """Room for the directions of the matrices, those of one shape together."""
@@ -285,7 +287,7 @@ class Plan:
             "CHUNK": _CHUNK, "BLOCK": kind.block, "num_warps": _WARPS,
         }  # fmt: skip
         return _Bucket(
-            kind, _uploaded(torch.tensor(chunks, dtype=torch.int32), self.device),
+            kind, _uploaded(chunks, torch.int32, self.device),
             self._squares(kind, len(chunks)), self._turn(kind, len(chunks)),
             Repeated(update_kernel, len(chunks), **constants),
         )  # fmt: skip
@@ -337,15 +339,19 @@ class Plan:
             if functools.reduce(operator.or_, moves) & 15:  # a kernel may count on alignment
                 return False
             # By way of an array in half the time of torch.tensor (2.13).
-            row = _uploaded(torch.frombuffer(array("q", addresses), dtype=torch.int64), self.device)
-            self.table[G_ROW.value].copy_(row, non_blocking=True)
+            row = torch.frombuffer(array("q", addresses), dtype=torch.int64)
+            self.table[G_ROW.value].copy_(_to_send(row, self.device), non_blocking=True)
             self.grad_addresses = addresses
         return True
 
     def set_hyper(self, rows: list[list[float]], tensors: list[tuple[int, int, Tensor]]) -> None:
         """Gives the hyper-parameters; those that live on the device are copied there."""
         if rows != self.host_hyper:
-            self.hyper = _uploaded(torch.tensor(rows, dtype=torch.float64), self.device)
+            sent = torch.tensor(rows, dtype=torch.float64)
+            if not self.host_hyper:
+                self.hyper = torch.empty_like(sent, device=self.device)
+            # In place: a CUDA graph of an earlier step reads them too.
+            self.hyper.copy_(_to_send(sent, self.device), non_blocking=True)
             self.host_hyper = rows
         for row, column, value in tensors:
             self.hyper[row, column].copy_(value.squeeze(), non_blocking=True)
