@@ -532,6 +532,32 @@ class Fused(torch.optim.Optimizer):
                 if option in self.defaults:
                     group.setdefault(option, self.defaults[option])
 
+    def torch_state_dict(self) -> dict[str, Any]:
+        """``state_dict`` as torch.optim's optimizer of this name loads it, and this one too.
+
+        Running means that are bytes are in float32 here, and become the same bytes when they are
+        loaded with ``state_dtype="8bit"``. What torch keeps nowhere is left out: master weights,
+        the average of the weights, and the options that ask for them. torch's optimizer, when it
+        loads, casts running means to the dtype of their parameters.
+        """
+        found = self.state_dict()
+        params = chain.from_iterable(map(_params_of, self.param_groups))
+        numbers = chain.from_iterable(map(_params_of, found["param_groups"]))
+        states = found["state"] = dict(found["state"])
+        for i, p in zip(numbers, params, strict=True):
+            if i in states:
+                state = states[i] = dict(states[i])
+                for name in [name for name in state if name.endswith("_codes")]:
+                    mean = name.removesuffix("_codes")
+                    state[mean] = _from_bytes(mean, p, state)
+                for name in ("master", "ema"):
+                    state.pop(name, None)
+        found["param_groups"] = [
+            {name: value for name, value in group.items() if name not in OPTIONS}
+            for group in found["param_groups"]
+        ]
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads torch's state_dict or this class's, of any precision.
 
