@@ -25,7 +25,7 @@ from .kernels import (
 )
 from .launch import Repeated
 from .newton_schulz import orthogonalize
-from .sharding import Place, all_reduced, gathered_batch, part_of_batch
+from .sharding import Place, all_reduced, return_matrices, whole_matrices
 
 _CHUNK = 8192  # elements a program; unmeasured
 _WARPS = 4
@@ -227,7 +227,8 @@ class Plan:
                 # A matrix and its transpose share their memory, and the iteration does not mind.
                 columns_first = row.p.stride(0) < row.p.stride(1) and is_dense(row.p)
                 here = tuple(row.p.T.shape if columns_first else row.p.shape)
-                whole = None if row.sharded is None else (row.sharded.shape, row.place)
+                t: Any = row.sharded
+                whole = None if t is None else (t.shape, t.device_mesh, t.placements)
                 alike.setdefault((here, whole, row.iteration), []).append(i)
         batches: list[_Batch] = []
         directions: dict[int, Tensor] = {}
@@ -443,6 +444,9 @@ class Plan:
             if batch.like is None:
                 orthogonalize(batch.directions, squares, coefficients, steps, eps)
             else:
-                whole = gathered_batch(batch.directions, batch.like)
-                orthogonalize(whole, squares, coefficients, steps, eps)
-                batch.directions.copy_(part_of_batch(whole, batch.like))
+                given = (batch.directions, batch.like, batch.first)
+                whole, first = whole_matrices(*given)
+                if len(whole):
+                    mine = squares[first : first + len(whole)]
+                    orthogonalize(whole, mine, coefficients, steps, eps)
+                return_matrices(whole, *given)
