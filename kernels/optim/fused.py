@@ -62,12 +62,13 @@ class _Planned(NamedTuple):
     eager: list[list[Tensor]]  # of each group, the parameters that are left to PyTorch
 
 
-class _Tensors(NamedTuple):
+class _Tensors:
     """The tensors of a state in which there is something else."""
 
-    state: dict[str, Any]
+    def __init__(self, state: dict[str, Any]):
+        self.state = state
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Tensor]:
         return (t for t in self.state.values() if isinstance(t, Tensor))
 
 
