@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 from fastlm.bench.capture import capture_launches
 from fastlm.kernels import AdamW, Muon
 from fastlm.kernels.optim import fused, plan
+from fastlm.kernels.optim.kernels import prepare_kernel, update_kernel
 
 MATRICES = ((20, 33), (5,), (20, 33))
 
@@ -124,9 +125,23 @@ def test_what_a_kernel_is_compiled_for_is_looked_up_when_it_changes(launches):
     assert launched[-1][2][5] == 2**40
 
 
-def test_a_hook_of_triton_sees_every_launch(launches, monkeypatch):
-    from fastlm.kernels.optim.kernels import prepare_kernel
+def test_gradients_off_a_multiple_of_16_bytes_get_another_kernel(launches):
+    params = parameters(((8,), (5,)))
+    optimizer = AdamW(params)
+    give_gradients(params)
+    aligned = []
+    for memory in (torch.zeros(8), torch.zeros(8), torch.zeros(9)[1:], torch.zeros(8)):
+        params[0].grad = memory
+        optimizer.step()
+        looked_up, launched = launches.take()
+        place = update_kernel.arg_names.index("ALIGNED")
+        aligned += [
+            (len(looked_up), [args[place] for name, _, args in launched if name == "update_kernel"])
+        ]
+    assert aligned == [(2, [True]), (0, [True]), (3, [False, True]), (2, [True])]
 
+
+def test_a_hook_of_triton_sees_every_launch(launches, monkeypatch):
     params = parameters(MATRICES)
     optimizer = AdamW(params)
     give_gradients(params)
@@ -170,7 +185,18 @@ def test_hooks_run_as_torchs_do():
         assert calls == ["before all", *own, "closure", "after", "after all"]
         optimizer.step()
         assert calls[5 if kind is Own else 4 :] == own
-    optimizer = AdamW(params)
+    optimizer, calls = AdamW(params), []
+    for registers in (
+        register_optimizer_step_pre_hook,
+        register_optimizer_step_post_hook,
+        optimizer.register_step_pre_hook,
+        optimizer.register_step_post_hook,
+    ):
+        handle = registers(lambda *_: calls.append(1))
+        optimizer.step()
+        handle.remove()
+        optimizer.step()
+    assert len(calls) == 4
     optimizer.register_step_pre_hook(lambda *_: 1)
     with pytest.raises(RuntimeError, match="must return None or a tuple"):
         optimizer.step()
@@ -205,18 +231,18 @@ def test_a_gradient_may_change_where_it_lies():
     first, second = AdamW(a, lr=1e-2), torch.optim.AdamW(b, lr=1e-2)
     give_gradients(a, b)
     memory, address = a[0].grad, a[0].grad.data_ptr()
-    for step in range(5):
-        if step == 1:
+    for step in range(6):
+        if step in (1, 2):
             a[0].grad.t_()
-        if step == 2:
-            low = memory.t_().view(torch.bfloat16).flatten()[:16].view(4, 4)
+        if step == 3:
+            low = memory.view(torch.bfloat16).flatten()[:16].view(4, 4)
             a[0].grad.data = low.fill_(0.5)
             assert a[0].grad.dtype == torch.bfloat16
-        if step == 3:
-            a[0].grad = None
         if step == 4:
+            a[0].grad = None
+        if step == 5:
             a[0].grad = memory.float()
-        if step < 3:
+        if step < 4:
             assert a[0].grad.data_ptr() == address
         b[0].grad = None if a[0].grad is None else a[0].grad.float()
         first.step()
