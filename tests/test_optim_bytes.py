@@ -72,15 +72,16 @@ def test_the_next_step_starts_from_the_bytes(dtype):
 def test_every_byte_stands_for_itself():
     """So that a checkpoint which goes through float32 comes back."""
     codes = torch.arange(256, dtype=torch.uint8)
-    for signed in (False, True):
-        for size in (1.0, 3.7e-5, 2.9e30):
-            given = codes[codes != 128] if signed else codes  # -0 is 0
-            given = given[-126 - 128 * (not signed) :].contiguous()[:128]
-            x = decoded_tensor(given, torch.tensor([size]), signed=signed)
-            scale = x.abs().max()
-            back, found = encoded_tensor(x, signed=signed)
-            assert found == scale
-            if scale == torch.tensor(size):
+    with_the_largest = torch.cat([codes[:127], codes[255:]])
+    for signed, halves in (
+        (True, (codes[:128], codes[128:])),
+        (False, (with_the_largest, codes[128:])),
+    ):
+        for given in halves:
+            for size in (1.0, 3.7e-5, 2.9e30):
+                x = decoded_tensor(given, torch.tensor([size]), signed=signed)
+                back, scale = encoded_tensor(x, signed=signed)
+                assert scale == torch.tensor(size)
                 assert torch.equal(back, given)
 
 
@@ -131,10 +132,11 @@ def test_training_is_as_good_as_in_float32():
 
 
 @pytest.mark.usefixtures("kernels")
-def test_checkpoints_of_any_precision_continue_in_any_other():
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+def test_checkpoints_of_any_precision_continue_in_any_other(dtype):
     """Bytes to bytes to the bit; to float32, which torch loads, and back; from torch's."""
-    a = parameters(LARGE)
-    options = {"lr": 1e-2, "state_dtype": "8bit"}
+    a = parameters(LARGE, dtype)
+    options = {"lr": 1e-2, "state_dtype": "8bit", "ema_decay": 0.9, "master": "fp32"}
     first = AdamW(a, **options)
     for step in range(2):
         give_gradients(a, seed=step)
@@ -142,25 +144,43 @@ def test_checkpoints_of_any_precision_continue_in_any_other():
     saved = copy.deepcopy(first.state_dict())
     wide = AdamW(twins(a))
     wide.load_state_dict(copy.deepcopy(saved))
-    assert wide.state[wide.param_groups[0]["params"][0]]["exp_avg"].dtype == torch.float32
-    theirs = torch.optim.AdamW(twins(a))
-    theirs.load_state_dict(copy.deepcopy(wide.state_dict()))
+    assert wide.state[wide.param_groups[0]["params"][0]]["exp_avg"].dtype == dtype
     loud = torch.optim.AdamW(twins(a))
     loud.load_state_dict(copy.deepcopy(saved))
     give_gradients(loud.param_groups[0]["params"])
     with pytest.raises(KeyError, match="exp_avg"):  # and not a byte for a mean
         loud.step()
+
+    exported = first.torch_state_dict()
+    theirs = torch.optim.AdamW(b := twins(a))
+    theirs.load_state_dict(copy.deepcopy(exported))
+    assert_same(first.state_dict()["state"][0], saved["state"][0], rtol=0, atol=0)
+    assert exported["param_groups"] == theirs.state_dict()["param_groups"]
+    for p, q in zip(a, b, strict=True):
+        assert theirs.state[q].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for name, codes, scale, signed in means(first, p) if p.numel() > 5 else ():
+            mean = decoded_tensor(codes, scale, signed=signed)
+            assert torch.equal(theirs.state[q][name], mean.to(dtype))
+    give_gradients(b)
+    theirs.step()
+
     runs = [first]
-    for state in (saved, wide.state_dict(), theirs.state_dict()):
+    imported = copy.deepcopy(exported)  # and what only this class keeps
+    for i, state in imported["state"].items():
+        state |= {
+            name: saved["state"][i][name] for name in ("master", "ema") if name in saved["state"][i]
+        }
+    for state in (saved, imported):
         optimizer = AdamW(twins(a), **options)
         optimizer.load_state_dict(copy.deepcopy(state))
+        mine = everything(optimizer.param_groups[0]["params"], optimizer)
+        assert_same(mine, everything(a, first), rtol=0, atol=0)
         runs.append(optimizer)
     found = []
     for optimizer in runs:
         params = optimizer.param_groups[0]["params"]
-        for step in range(2, 4):
-            give_gradients(params, seed=step)
-            optimizer.step()
+        give_gradients(params, seed=2)
+        optimizer.step()
         found.append(everything(params, optimizer))
     for other in found[1:]:
         assert_same(other, found[0], rtol=0, atol=0)

@@ -12,22 +12,23 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from fastlm.kernels import AdamW, Lion, Muon
 from fastlm.kernels._interpreter import interpreted
+from fastlm.kernels.optim import plan
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+hybrid = dist.device_mesh.init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicas", "shards"))
 BF16 = torch.bfloat16
 
 def model(dtype=torch.float32, sizes=(7, 3, 1)):
     torch.manual_seed(0)
-    a, b, c = sizes
-    return torch.nn.Sequential(torch.nn.Linear(a, b), torch.nn.Linear(b, c)).to(dtype)
+    return torch.nn.Sequential(*map(torch.nn.Linear, sizes, sizes[1:])).to(dtype)
 
-def pair(kind, dtype=torch.float32, sizes=(7, 3, 1), **options):
+def pair(kind, dtype=torch.float32, sizes=(7, 3, 1), mesh=mesh, **options):
     whole, sharded = model(dtype, sizes), model(dtype, sizes)
     fully_shard(sharded, mesh=mesh)
     return [(net, kind(net.parameters(), **options)) for net in (sharded, whole)]
@@ -43,8 +44,7 @@ def advance(runs, steps, first=0):
                 torch.manual_seed(100 * step + i)
                 g = torch.randn(p.shape).to(p.dtype)
                 if isinstance(p, DTensor):
-                    from torch.distributed.tensor import distribute_tensor
-                    g = distribute_tensor(g, mesh, p.placements)
+                    g = distribute_tensor(g, p.device_mesh, p.placements)
                 p.grad = g
             optimizer.step()
 
@@ -82,7 +82,7 @@ with interpreted():
         (Lion, BF16, (7, 3, 1), {"state_dtype": torch.float32, "master": "split"}),
     ):
         runs = pair(kind, dtype, sizes, **options)
-        advance(runs, 3)
+        advance(runs, 2)
         same(runs, exact=True)
         if options.get("state_dtype") == "8bit":
             assert isinstance(runs[0][1].state[runs[0][0][0].weight]["exp_avg_scale"], DTensor)
@@ -98,16 +98,43 @@ with interpreted():
         state = {"optimizer": get_optimizer_state_dict(again, other)}
         dcp.load(state, checkpoint_id=path)
         set_optimizer_state_dict(again, other, state["optimizer"])
-        advance([(again, other), runs[1]], 2, 3)
+        advance([(again, other), runs[1]], 1, 2)
         same([(again, other), runs[1]], exact=True)
 
     runs = pair(AdamW, sizes=(33, 5, 1), lr=1e-2, cautious=True)
     advance(runs, 2)
     same(runs, exact=False)
-    runs = pair(Muon, sizes=(33, 5, 1), lr=1e-2)
+    # Replicas of shards: clipping, and rounding at random by the place in the whole.
+    options = {"rounding": "stochastic", "max_grad_norm": 0.5}
+    runs = pair(AdamW, BF16, mesh=hybrid, **options)
+    assert runs[0][0][0].weight.device_mesh.ndim == 2
     advance(runs, 2)
-    for p, q in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
-        torch.testing.assert_close(p.full_tensor(), q.detach(), rtol=1e-2, atol=1e-4)
+    same(runs, exact=True)
+
+    # Muon: each matrix is orthogonalized by one process, whoever is next.
+    orthogonalize, seen = plan.orthogonalize, []
+    plan.orthogonalize = lambda x, *rest: (seen.append(tuple(x.shape)), orthogonalize(x, *rest))[1]
+
+    def follows(runs, want):
+        seen.clear()
+        advance(runs[:1], 1)
+        assert seen == want[rank], seen
+        advance(runs[1:], 1)
+        advance(runs, 1, 1)
+        for p, q in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
+            torch.testing.assert_close(p.full_tensor(), q.detach(), rtol=1e-2, atol=1e-4)
+
+    want = [[(2, 7, 7), (1, 1, 5)], [(1, 7, 7), (1, 5, 7)]]
+    for places in (mesh, hybrid):
+        follows(pair(Muon, sizes=(7, 7, 7, 7, 5, 1), mesh=places, lr=1e-2, ns_steps=2), want)
+    weights = [torch.randn(9, 3), torch.randn(5, 9)]
+    for places, placements, want in (
+        (mesh, [Shard(1)], [[(1, 9, 3)], [(1, 5, 9)]]),
+        (hybrid, [Shard(0), Shard(1)], 2 * [[(1, 9, 3), (1, 5, 9)]]),  # all by both
+    ):
+        parts = [distribute_tensor(w, places, placements) for w in weights]
+        lists = [torch.nn.ParameterList([t.clone() for t in ts]) for ts in (parts, weights)]
+        follows([(net, Muon(net.parameters(), lr=1e-2, ns_steps=2)) for net in lists], want)
 dist.destroy_process_group()
 """
 

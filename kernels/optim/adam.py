@@ -134,7 +134,11 @@ class Adam(_AdamStep, torch.optim.Adam):
         amsgrad: Divides by the largest mean so far.
         foreach: True is torch's.
         maximize: Ascends.
-        capturable: Keeps the steps on the device, for CUDA graphs.
+        capturable: Keeps the steps on the device, for CUDA graphs. Take a step before the capture;
+            parameters, gradients (``zero_grad(set_to_none=False)``) and states must stay where they
+            are, and which parameters have gradients, until it is captured again. A replay reads lr
+            where it is a tensor on the device, to be written in place; max_grad_norm as captured;
+            other numbers as of the last step outside a graph.
         differentiable: True is torch's.
         fused: Above.
         max_grad_norm: Scales the gradients within the step so that the norm of all of them,

@@ -153,7 +153,7 @@ class Lion(Fused):
         betas: Share of the running mean in the update, and its decay.
         weight_decay: Times ``lr``; three to ten times AdamW's.
         maximize: Ascends.
-        capturable: Keeps the steps on the device, for CUDA graphs.
+        capturable: Keeps the steps on the device, for CUDA graphs; see ``Adam``.
         fused: None takes the kernel where it can; True also keeps the steps on the device and lets
             GradScaler hand over its scale; False is a loop in PyTorch.
         max_grad_norm: As AdamW, with all that follow.

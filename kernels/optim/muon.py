@@ -205,8 +205,13 @@ class Muon(Fused):
     ``weight_decay``.
 
     The arguments, defaults, errors and ``state_dict`` of matrices are torch's, and a checkpoint
-    of theirs continues in either. Parameters that are DTensors are gathered a shape at a time, in
-    bfloat16, and every process orthogonalizes all of them.
+    of theirs continues in either.
+
+    Of DTensors that one dimension of the mesh shards, as under FSDP2 and HSDP, the matrices of a
+    shape are dealt out over that dimension: each travels in bfloat16 to one process, which
+    orthogonalizes it, and back in parts. A process receives 4 / W bytes for an element of a matrix,
+    where to gather it would be 2, and does 1 / W of the products. Replicas each do the same work.
+    Of matrices that two dimensions shard, every process gathers and orthogonalizes all.
 
     Args:
         params: As torch.optim.Muon, but of any shapes.
@@ -222,7 +227,7 @@ class Muon(Fused):
         adamw_betas: As torch.optim.AdamW.
         adamw_eps: As torch.optim.AdamW.
         adamw_weight_decay: None is ``weight_decay``.
-        capturable: Keeps the steps on the device, for CUDA graphs.
+        capturable: Keeps the steps on the device, for CUDA graphs; see ``Adam``.
         fused: As ``AdamW``; False is torch's.
         max_grad_norm: As ``AdamW``, with all that follow.
         state_dtype: Of the running means of both kinds.

@@ -1,5 +1,6 @@
 """The tables of a step in device memory, and its launches."""
 
+from array import array
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -20,8 +21,9 @@ from .kernels import (
     sum_chunks_kernel,
     update_kernel,
 )
+from .launch import Repeated
 from .newton_schulz import orthogonalize
-from .sharding import Place, all_reduced, gathered_batch, part_of_batch
+from .sharding import Place, all_reduced, return_matrices, whole_matrices
 
 _CHUNK = 8192  # elements a program; unmeasured
 _WARPS = 4
@@ -97,12 +99,13 @@ class _Kind(NamedTuple):
 
 
 class _Bucket(NamedTuple):
-    """The launch of the tensors that one compiled kernel can share."""
+    """The launches of the tensors that one compiled kernel can share."""
 
     kind: _Kind
-    constants: dict[str, Any]  # of the update
-    chunks: Tensor
-    programs: int  # one a chunk
+    chunks: Tensor  # a program each
+    squares: Repeated
+    turn: Repeated | None  # the kernel whose sums over chunks the update needs
+    update: Repeated
 
 
 class _Batch(NamedTuple):
@@ -119,17 +122,34 @@ def is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or torch._prims_common.is_non_overlapping_and_dense_or_false(t)
 
 
-def _uploaded(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The values in device memory, without waiting for the device."""
+def _to_send(values: Tensor, device: torch.device) -> Tensor:
+    """The host's values, where the device can copy them from without anyone waiting."""
     if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
+        return values
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "step: a CUDA graph needs the tensors of the step before it: take an uncaptured step "
             "first, keep the gradients (zero_grad(set_to_none=False)), and give lr as a tensor"
         )
-    pinned = torch.tensor(values, dtype=dtype, pin_memory=True)
-    return pinned.to(device, non_blocking=True)  # the host allocator waits before it reuses pinned
+    return values.pin_memory()  # the host allocator waits before it reuses this
+
+
+def _uploaded(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The values in device memory, without waiting for the device."""
+    return _to_send(torch.tensor(values, dtype=dtype), device).to(device, non_blocking=True)
+
+
+_LOW_BITS = bytes(i & 15 for i in range(256))
+
+
+def _alignments(addresses: "array[int]") -> bytes:
+    """Each address modulo 16: of its low byte, the first on every host of an NVIDIA GPU."""
+    return addresses.tobytes()[:: addresses.itemsize].translate(_LOW_BITS)
+
+
+def _pointer(t: Tensor | None) -> tuple[torch.dtype, bool] | None:
+    """What a kernel is compiled for of a tensor that is not the plan's."""
+    return None if t is None else (t.dtype, t.data_ptr() % 16 == 0)
 
 
 class Plan:
@@ -179,6 +199,8 @@ class Plan:
             columns[i][SLOT_ROW.value] = slot
         table = list(zip(*columns, strict=True))
         self.table = _uploaded(table, torch.int64, self.device)
+        self.grad_row = self.table[G_ROW.value]
+        self.grad_alignments = _alignments(array("q", self.grad_addresses))
         self.scalars = torch.empty(
             self.size, SCALARS.value, dtype=torch.float32, device=self.device
         )
@@ -187,6 +209,10 @@ class Plan:
             for kind, tensors in members.items()
             if any(n for _, n in tensors)
         ]
+        self.prepares: dict[Any, Repeated] = {}
+        self.sum_chunks = Repeated(
+            sum_chunks_kernel, self.size, CHUNK=_CHUNK, BLOCK=256, num_warps=_WARPS
+        )
         self.sums: Tensor | None = None
         if any(kind.cautious or kind.algorithm == "muon" for kind in members):
             self.parts = torch.empty(self.chunks, dtype=torch.float32, device=self.device)
@@ -209,7 +235,8 @@ class Plan:
                 # A matrix and its transpose share their memory, and the iteration does not mind.
                 columns_first = row.p.stride(0) < row.p.stride(1) and is_dense(row.p)
                 here = tuple(row.p.T.shape if columns_first else row.p.shape)
-                whole = None if row.sharded is None else (row.sharded.shape, row.place)
+                t: Any = row.sharded
+                whole = None if t is None else (t.shape, t.device_mesh, t.placements)
                 alike.setdefault((here, whole, row.iteration), []).append(i)
         batches: list[_Batch] = []
         directions: dict[int, Tensor] = {}
@@ -268,7 +295,37 @@ class Plan:
             "RANDOM": kind.random, "EMA": kind.ema, "ALIGNED": kind.aligned,
             "CHUNK": _CHUNK, "BLOCK": kind.block, "num_warps": _WARPS,
         }  # fmt: skip
-        return _Bucket(kind, constants, _uploaded(chunks, torch.int32, self.device), len(chunks))
+        return _Bucket(
+            kind, _uploaded(chunks, torch.int32, self.device),
+            self._squares(kind, len(chunks)), self._turn(kind, len(chunks)),
+            Repeated(update_kernel, len(chunks), **constants),
+        )  # fmt: skip
+
+    def _squares(self, kind: _Kind, chunks: int) -> Repeated:
+        """What sums the gradients' squares."""
+        return Repeated(
+            squares_kernel, min(chunks, _NORM_PROGRAMS),
+            G=_TRITON_DTYPES[kind.g], ALIGNED=kind.aligned, CHUNK=_CHUNK,
+            BLOCK=32 * _WARPS * kind.elements(kind.g, extras=False), num_warps=_WARPS,
+        )  # fmt: skip
+
+    def _turn(self, kind: _Kind, chunks: int) -> Repeated | None:
+        """What counts for a cautious update, or turns gradients into Muon's directions."""
+        shared: dict[str, Any] = {
+            "G": _TRITON_DTYPES[kind.g], "S": _TRITON_DTYPES[kind.s],
+            "CODED": kind.s == torch.uint8, "ALIGNED": kind.aligned, "CHUNK": _CHUNK,
+            "num_warps": _WARPS,
+        }  # fmt: skip
+        if kind.cautious:
+            return Repeated(
+                agreement_kernel, chunks, P=_TRITON_DTYPES[kind.p], ALGORITHM=kind.algorithm,
+                MASTER=kind.master, BLOCK=kind.block, **shared,
+            )  # fmt: skip
+        if kind.algorithm == "muon":
+            elements = kind.elements(kind.g, kind.s, torch.bfloat16, extras=False)
+            block = 32 * _WARPS * elements
+            return Repeated(momentum_kernel, chunks, NESTEROV=kind.nesterov, BLOCK=block, **shared)
+        return None
 
     def take_gradients(self, grads: Sequence[Tensor]) -> bool:
         """Points the table at these gradients; False where one differs in more than its address."""
@@ -287,17 +344,22 @@ class Plan:
             copy.copy_(grads[i])
             addresses[i] = copy.data_ptr()
         if addresses != self.grad_addresses:
-            if any((a ^ b) & 15 for a, b in zip(addresses, self.grad_addresses, strict=True)):
+            row = array("q", addresses)  # half the time of torch.tensor (2.13)
+            if _alignments(row) != self.grad_alignments:  # a kernel may count on them
                 return False
-            row = _uploaded(addresses, torch.int64, self.device)
-            self.table[G_ROW.value].copy_(row, non_blocking=True)
+            sent = _to_send(torch.frombuffer(row, dtype=torch.int64), self.device)
+            self.grad_row.copy_(sent, non_blocking=True)
             self.grad_addresses = addresses
         return True
 
     def set_hyper(self, rows: list[list[float]], tensors: list[tuple[int, int, Tensor]]) -> None:
         """Gives the hyper-parameters; those that live on the device are copied there."""
         if rows != self.host_hyper:
-            self.hyper = _uploaded(rows, torch.float64, self.device)
+            sent = torch.tensor(rows, dtype=torch.float64)
+            if not self.host_hyper:
+                self.hyper = torch.empty_like(sent, device=self.device)
+            # In place: a CUDA graph of an earlier step reads them too.
+            self.hyper.copy_(_to_send(sent, self.device), non_blocking=True)
             self.host_hyper = rows
         for row, column, value in tensors:
             self.hyper[row, column].copy_(value.squeeze(), non_blocking=True)
@@ -312,6 +374,7 @@ class Plan:
         """Takes one step: a launch that prepares, and one for each combination of dtypes.
 
         Clipping takes one more for each, before; the norm of the gradients is then in ``norm``.
+        A plan's steps have one seed.
         A cautious update counts first, in one more and one for all.
         """
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
@@ -328,21 +391,22 @@ class Plan:
             work.copy_(t)
         squares = self._sum_squares() if max_norm is not None else None
         parts = 0 if squares is None else len(squares)
-        prepare_kernel[(-(-self.size // 128),)](
+        key = (_pointer(grad_scale), _pointer(found_inf), max_norm is None)
+        if key not in self.prepares:
+            self.prepares[key] = Repeated(
+                prepare_kernel, -(-self.size // 128), HAS_SCALE=grad_scale is not None,
+                HAS_FOUND=found_inf is not None, CLIPS=max_norm is not None,
+                BLOCK=128, num_warps=4,
+            )  # fmt: skip
+        self.prepares[key](
             self.table, self.hyper, self.scalars, grad_scale, found_inf, squares, self.norm,
-            self.size, parts, 0.0 if max_norm is None else max_norm,
-            HAS_SCALE=grad_scale is not None, HAS_FOUND=found_inf is not None,
-            CLIPS=max_norm is not None, BLOCK=128, num_warps=4,
+            self.size, parts, float(max_norm or 0.0),
         )  # fmt: skip
         if self.sums is not None:
             self._sum_chunks(self.sums)
         for bucket in self.buckets:
-            update_kernel[(bucket.programs,)](
-                self.table, bucket.chunks, self.scalars,
-                self.sums if bucket.kind.cautious else None,
-                self.size, seed,
-                **bucket.constants,
-            )  # fmt: skip
+            sums = self.sums if bucket.kind.cautious else None
+            bucket.update(self.table, bucket.chunks, self.scalars, sums, self.size, seed)
         for t, work in self.copied_out:
             t.copy_(work)
 
@@ -351,19 +415,15 @@ class Plan:
 
         Parts of sharded tensors are summed over all processes, in one reduction for each mesh.
         """
-        programs = [min(bucket.programs, _NORM_PROGRAMS) for bucket in self.buckets]
+        programs = [bucket.squares.programs for bucket in self.buckets]
         if self.squares is None:
             self.squares = torch.empty(sum(programs), dtype=torch.float32, device=self.device)
         self.norm = torch.empty((), dtype=torch.float32, device=self.device)
         ends: list[int] = []
         for bucket, count in zip(self.buckets, programs, strict=True):
-            kind, first = bucket.kind, ends[-1] if ends else 0
-            squares_kernel[(count,)](
-                self.table, bucket.chunks, self.squares[first:],
-                self.size, bucket.programs,
-                G=_TRITON_DTYPES[kind.g], ALIGNED=kind.aligned, CHUNK=_CHUNK,
-                BLOCK=32 * _WARPS * kind.elements(kind.g, extras=False), num_warps=_WARPS,
-            )  # fmt: skip
+            first = ends[-1] if ends else 0
+            sums = self.squares[first:]
+            bucket.squares(self.table, bucket.chunks, sums, self.size, len(bucket.chunks))
             ends.append(first + count)
         if self.groups == [()]:
             return self.squares
@@ -378,26 +438,9 @@ class Plan:
     def _sum_chunks(self, sums: Tensor) -> None:
         """Counts for cautious updates; and directions of matrices, orthogonalized."""
         for bucket in self.buckets:
-            kind = bucket.kind
-            shared: dict[str, Any] = {
-                "G": _TRITON_DTYPES[kind.g], "S": _TRITON_DTYPES[kind.s],
-                "CODED": kind.s == torch.uint8, "ALIGNED": kind.aligned, "CHUNK": _CHUNK,
-                "num_warps": _WARPS,
-            }  # fmt: skip
-            arguments = (self.table, bucket.chunks, self.scalars, self.parts, self.size)
-            if kind.cautious:
-                agreement_kernel[(bucket.programs,)](
-                    *arguments, P=_TRITON_DTYPES[kind.p], ALGORITHM=kind.algorithm,
-                    MASTER=kind.master, BLOCK=kind.block, **shared,
-                )  # fmt: skip
-            elif kind.algorithm == "muon":
-                elements = kind.elements(kind.g, kind.s, torch.bfloat16, extras=False)
-                momentum_kernel[(bucket.programs,)](
-                    *arguments, NESTEROV=kind.nesterov, BLOCK=32 * _WARPS * elements, **shared
-                )
-        sum_chunks_kernel[(self.size,)](
-            self.table, self.parts, sums, self.size, CHUNK=_CHUNK, BLOCK=256, num_warps=_WARPS
-        )
+            if bucket.turn is not None:
+                bucket.turn(self.table, bucket.chunks, self.scalars, self.parts, self.size)
+        self.sum_chunks(self.table, self.parts, sums, self.size)
         for groups, slots in self.shared_slots:
             shared_sums = sums[slots]
             all_reduced(shared_sums, groups)
@@ -408,6 +451,9 @@ class Plan:
             if batch.like is None:
                 orthogonalize(batch.directions, squares, coefficients, steps, eps)
             else:
-                whole = gathered_batch(batch.directions, batch.like)
-                orthogonalize(whole, squares, coefficients, steps, eps)
-                batch.directions.copy_(part_of_batch(whole, batch.like))
+                given = (batch.directions, batch.like, batch.first)
+                whole, first = whole_matrices(*given)
+                if len(whole):
+                    mine = squares[first : first + len(whole)]
+                    orthogonalize(whole, mine, coefficients, steps, eps)
+                return_matrices(whole, *given)

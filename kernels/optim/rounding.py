@@ -163,7 +163,8 @@ def encoded_tensor(x: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     size = (size + _HALF.value) >> _DROPPED.value
     if signed:
         found = (size - (_ONE.value - 127)).clamp(0, 127)
-        found = torch.where(blocks < 0.0, found + 128, found)
+        # The kernel writes -0 for what is too small below 0; it never has a -0 to write.
+        found = torch.where(blocks.signbit(), found + 128, found)
     else:
         found = (size - (_ONE.value - 255)).clamp(0, 255)
         found = torch.where(blocks > 0.0, found.clamp(min=1), found)

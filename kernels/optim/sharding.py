@@ -108,6 +108,72 @@ def gathered(t: Tensor | None) -> Tensor | None:
     return t
 
 
+# --- batches of matrices ------------------------------------------------------------------------
+
+
+class _Deal(NamedTuple):
+    """How the processes of a group, which hold parts of each matrix, share out whole ones."""
+
+    group: Any
+    rank: int
+    dim: int  # of a matrix, in which it is cut
+    lengths: list[int]  # of each process's part in that dimension
+    counts: list[int]  # of matrices that each process has whole
+
+
+def _deal(matrices: int, p: Any, turn: int) -> _Deal | None:
+    """For a batch of matrices that are placed as ``p``; None where not one dimension cuts them.
+
+    ``turn`` is the process that starts: matrices left over are one by one its and the next ones'.
+    """
+    from torch.distributed.tensor import Shard
+
+    cuts = [i for i, placement in enumerate(p.placements) if placement.is_shard()]
+    if len(cuts) != 1 or type(p.placements[cuts[0]]) is not Shard:
+        return None
+    mesh, dim = p.device_mesh, p.placements[cuts[0]].dim
+    processes, whole = mesh.size(cuts[0]), p.shape[dim]
+    longest = -(-whole // processes)
+    lengths = [min(longest, max(0, whole - i * longest)) for i in range(processes)]
+    each, left = divmod(matrices, processes)
+    counts = [each + ((i - turn) % processes < left) for i in range(processes)]
+    return _Deal(mesh.get_group(cuts[0]), mesh.get_local_rank(cuts[0]), dim, lengths, counts)
+
+
+def whole_matrices(parts: Tensor, p: Any, turn: int) -> tuple[Tensor, int]:
+    """Whole matrices of a batch of which every process has ``parts``, placed as ``p``.
+
+    Those that are this process's to work on, from the one of that number on: its share, in one
+    exchange; or all, where not one dimension of the mesh cuts them.
+    """
+    deal = _deal(len(parts), p, turn)
+    if deal is None:
+        return _gathered_batch(parts, p), 0
+    mine, here = deal.counts[deal.rank], parts[0].numel()
+    shapes = [(mine, *p.shape[: deal.dim], n, *p.shape[deal.dim + 1 :]) for n in deal.lengths]
+    sizes = list(map(math.prod, shapes))
+    found = parts.new_empty(sum(sizes))
+    torch.distributed.all_to_all_single(
+        found, parts.view(-1), sizes, [n * here for n in deal.counts], group=deal.group
+    )
+    blocks = [block.view(s) for block, s in zip(found.split(sizes), shapes, strict=True)]
+    return torch.cat(blocks, deal.dim + 1), sum(deal.counts[: deal.rank])
+
+
+def return_matrices(whole: Tensor, parts: Tensor, p: Any, turn: int) -> None:
+    """Gives every process its part of what others have worked on; the way back."""
+    deal = _deal(len(parts), p, turn)
+    if deal is None:
+        parts.copy_(_part_of_batch(whole, p))
+        return
+    here = parts[0].numel()
+    blocks = [block.flatten() for block in whole.split(deal.lengths, deal.dim + 1)]
+    torch.distributed.all_to_all_single(
+        parts.view(-1), torch.cat(blocks), [n * here for n in deal.counts],
+        [block.numel() for block in blocks], group=deal.group,
+    )  # fmt: skip
+
+
 def _behind_a_batch(p: Any) -> list[Any]:
     """The placements of a batch of tensors that are each placed as ``p``."""
     from torch.distributed.tensor import Shard
@@ -115,7 +181,7 @@ def _behind_a_batch(p: Any) -> list[Any]:
     return [Shard(t.dim + 1) if t.is_shard() else t for t in p.placements]
 
 
-def gathered_batch(parts: Tensor, p: Any) -> Tensor:
+def _gathered_batch(parts: Tensor, p: Any) -> Tensor:
     """The whole of a batch of which every process has parts, placed as ``p``: one collective."""
     from torch.distributed.tensor import DTensor
 
@@ -128,7 +194,7 @@ def gathered_batch(parts: Tensor, p: Any) -> Tensor:
     return batch.full_tensor().contiguous()
 
 
-def part_of_batch(whole: Tensor, p: Any) -> Tensor:
+def _part_of_batch(whole: Tensor, p: Any) -> Tensor:
     """This process's parts of a whole batch."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
