@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from ..attention._tiles import gpu_class
-from ..cross_entropy import capped
+from ..cross_entropy import capped, exp
 
 # --- kernels ------------------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ def _parts_kernel(
     )  # fmt: skip
     m = tl.max(z, 1)
     shift = tl.where(m == float("-inf"), 0.0, m)  # -inf less -inf would be NaN
-    d = tl.sum(tl.exp(z - shift[:, None]), 1)
+    d = tl.sum(exp(z - shift[:, None]), 1)
     place = tl.cast(tile_n, tl.int64) * N + rows
     tl.store(m_ptr + place, m, mask=mask_m)
     tl.store(d_ptr + place, d, mask=mask_m)
@@ -135,7 +135,7 @@ def _strip_kernel(
     a = tl.load(a_ptr + rows, mask=mask_m, other=0.0)
     b = tl.load(b_ptr + rows, mask=mask_m, other=0.0)
     y = tl.load(target_ptr + rows, mask=mask_m, other=-1)
-    ds = a[:, None] * tl.exp(z - m[:, None])
+    ds = a[:, None] * exp(z - m[:, None])
     ds -= tl.where(cols[None, :] == y[:, None], b[:, None], 0.0)
     inside = cols < V
     if c_ptr is not None:
