@@ -21,8 +21,9 @@ Backward, with g the gradient of the row's loss and dlse that of its lse:
 in float32, rounded once; times 1 - (z / softcap)^2 for dx.
 
 Cost: the forward reads the logits, the backward reads them and writes their gradient: 6 bytes a
-logit in half precision, bound by memory, one exponential a logit and pass. Rows to ignore are
-neither read nor computed. Saved for the backward: the logits themselves and 8 bytes a row.
+logit in half precision, bound by memory, one exponential a logit and pass; a softcap adds one
+exponential and a quarter of a reciprocal. Rows to ignore are neither read nor computed. Saved for
+the backward: the logits themselves and 8 bytes a row.
 """
 
 import torch
@@ -103,6 +104,9 @@ def reference(
 
 
 # --- kernels ------------------------------------------------------------------------------------
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 # A row of logits is read LANE at a time: 16 bytes, from a 16-byte boundary. What lies before the
 # first boundary in the row and past the last, its ends, is read apart; under EVEN rows have none.
 
@@ -136,21 +140,40 @@ def _lanes(BLOCK: tl.constexpr, LANE: tl.constexpr):
 
 
 @triton.jit
-def capped(x, softcap):
+def exp(x):
+    """2^(x log2 e): ``tl.exp`` spends three more instructions on results below 2^-126, 0 here."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def _reciprocal(x, SHARED: tl.constexpr):
+    """1 / x from 1 to 2; a division spends six instructions on the sizes that x cannot have."""
+    if SHARED:  # one for four neighbours: 1 / a = b / ab
+        a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+        ab = a * b
+        c, d = tl.split(tl.reshape(ab, [x.shape[0], x.shape[1] // 4, 2]))
+        r = tl.rsqrt((c * d) * (c * d))
+        of_ab = tl.reshape(tl.join(r * d, r * c), ab.shape)
+        return tl.reshape(tl.join(of_ab * b, of_ab * a), x.shape)
+    return tl.rsqrt(x * x)
+
+
+@triton.jit
+def capped(x, softcap, SHARED: tl.constexpr = False):
     """``softcap * tanh(x / softcap)`` and its slope: 1 - tanh^2 would cancel near the cap."""
-    e = tl.exp((-2.0 / softcap) * tl.abs(x))
-    r = 1.0 / (1.0 + e)
+    e = tl.exp2((-2.0 / softcap * LOG2_E) * tl.abs(x))
+    r = _reciprocal(1.0 + e, SHARED)
     z = softcap * (1.0 - e) * r
     return tl.where(x < 0.0, -z, z), 4.0 * e * r * r
 
 
 @triton.jit
-def _logits(ptrs, mask, softcap, HAS_SOFTCAP: tl.constexpr):
+def _logits(ptrs, mask, softcap, HAS_SOFTCAP: tl.constexpr, SHARED: tl.constexpr = False):
     """Logits in float32, capped, and the slope of the cap; -inf and 0 where the mask is off."""
     z = tl.load(ptrs, mask=mask, other=float("-inf")).to(tl.float32)
     slope = 1.0
     if HAS_SOFTCAP:
-        z, slope = capped(z, softcap)
+        z, slope = capped(z, softcap, SHARED)
         z = tl.where(mask, z, float("-inf"))
     return z, slope
 
@@ -173,7 +196,7 @@ def _join(m, d, z):
     """Takes a block of logits into the running maximum and sum of each lane."""
     new_m = tl.maximum(m, tl.max(z, 1))
     shift = tl.where(new_m == float("-inf"), 0.0, new_m)  # -inf less -inf would be NaN
-    d = d * tl.exp(m - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+    d = d * exp(m - shift) + tl.sum(exp(z - shift[:, None]), 1)
     return new_m, d
 
 
@@ -195,7 +218,7 @@ def row_statistics(
     x_ptrs = x_ptr + tl.multiple_of(begin + lead, LANE) + lanes
     for start in range(0, count, BLOCK):
         mask = start + lanes < count
-        z, _ = _logits(x_ptrs + start, mask, softcap, HAS_SOFTCAP)
+        z, _ = _logits(x_ptrs + start, mask, softcap, HAS_SOFTCAP, True)
         m, d = _join(m, d, z)
         if HAS_MASS:
             q = _mass(weight_ptr, target_ptr, lead + start + lanes, mask, smoothing, spread, PROBS)
@@ -207,11 +230,11 @@ def row_statistics(
         z_ends, _ = _logits(x_ptr + begin + cols, inside, softcap, HAS_SOFTCAP)
         top = tl.maximum(top, tl.max(z_ends, 0))
     shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(d * tl.exp(m - shift), 0)
+    total = tl.sum(d * exp(m - shift), 0)
     sum_q = tl.sum(mass, 0)
     sum_qz = tl.sum(pull, 0)
     if not EVEN:
-        total += tl.sum(tl.exp(z_ends - shift), 0)
+        total += tl.sum(exp(z_ends - shift), 0)
         if HAS_MASS:
             q = _mass(weight_ptr, target_ptr, cols, inside, smoothing, spread, PROBS)
             sum_q += tl.sum(q, 0)
@@ -248,8 +271,8 @@ def _gradient(
     PROBS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Dx of some columns of a row."""
-    z, slope = _logits(x_ptrs, mask, softcap, HAS_SOFTCAP)
-    dz = a * tl.exp(z - m) - tl.where(cols == y, b, 0.0)
+    z, slope = _logits(x_ptrs, mask, softcap, HAS_SOFTCAP, len(cols.shape) == 2)
+    dz = a * exp(z - m) - tl.where(cols == y, b, 0.0)
     if HAS_MASS:
         dz -= g * _mass(weight_ptr, target_ptr, cols, mask, smoothing, spread, PROBS)
     if HAS_SOFTCAP:

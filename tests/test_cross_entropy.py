@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from harness import assert_within_contract, check, doubled, outcome
 from memory_check import interp_check
 
-from fastlm.bench.capture import capture_launches
+from fastlm.bench.capture import capture_launches, sass_ops
 from fastlm.kernels import OPS, CrossEntropyLoss, backend, cross_entropy, explain
 from fastlm.kernels._interpreter import interpreted
 
@@ -212,6 +212,18 @@ def test_z_loss_is_the_square_of_lse():
     counts = target != -100
     extra = cross_entropy(x, target, z_loss=0.5) - cross_entropy(x, target)
     torch.testing.assert_close(extra, 0.5 * x.logsumexp(1)[counts].square().mean())
+
+
+def test_a_softcap_fits_the_budget_of_special_functions():
+    """2.5 a logit keep the forward of half precision bound by memory on an H100."""
+    x = torch.empty(8, 50304, dtype=torch.bfloat16)
+    with capture_launches("sm_90") as capture:
+        cross_entropy(x, torch.zeros(8, dtype=torch.int64), softcap=30.0)
+    launch = capture.launches[0]
+    special = sum(n for op, n in sass_ops(launch.compile()).items() if op.startswith("MUFU"))
+    a_thread = launch.meta["BLOCK"] / (32 * launch.options.get("num_warps", 4))
+    of_a_row = 6  # the target's own logit, lanes joined, a logarithm
+    assert special - of_a_row <= 2.5 * a_thread
 
 
 def test_values_of_options_do_not_recompile():

@@ -85,6 +85,15 @@ def test_any_chunk_size_gives_the_same(runs, impl, chunk_size):
         torch.testing.assert_close(got[name], want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_past_a_strip(dtype, monkeypatch):
+    """Blocks of rows in the backward: each its own part of dx, all of them in dW and dbias."""
+    monkeypatch.setattr(tiles, "STRIP_ROWS", 16)
+    found = inputs(40, 8, 150, dtype, bias=True, label_smoothing=0.1, impl="recompute")
+    with interpreted():
+        check(OP, found | {"chunk_size": 128})
+
+
 @KERNELS
 def test_weight_gradients_are_summed_in_float32():
     """Many chunks of equal parts: a sum in bfloat16 would stop growing at 256 of them."""

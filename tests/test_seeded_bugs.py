@@ -366,12 +366,13 @@ POINTWISE = [
 ]
 
 CROSS_ENTROPY = [
-    ("_join", "d * tl.exp(m - shift)", "d", FLOAT64),
+    ("_join", "d * exp(m - shift)", "d", FLOAT64),
     ("_join", 'tl.where(new_m == float("-inf"), 0.0, new_m)', "new_m", STARTS),
     ("aligned_part", "row * stride", "row * V", STRIDES),
     ("aligned_part", "tl.maximum(V - lead, 0)", "V", MEMORY),
     ("_ends", "tl.minimum(lead, V)", "lead", STARTS),
     ("capped", "4.0 * e * r", "4.0 * e", FLOAT64),
+    ("_reciprocal", "tl.join(r * d, r * c)", "tl.join(r * c, r * d)", FLOAT64),
     ("_mass", "* t + spread", "* t", CE_SHAPES),
     ("_gradient", "tl.where(cols == y, b, 0.0)", "0.0", FLOAT64),
     ("row_target", "(y >= 0) & (y < V)", "y < V", NO_CLASS),

@@ -185,8 +185,8 @@ def linear_cross_entropy(
         z_loss: As in ``cross_entropy``.
         softcap: As in ``cross_entropy``.
         chunk_size: Rows whose logits are held at once; by default 512 MiB of them, 64 on the CPU.
-            Where the kernels recompute: columns that the backward holds of all rows; by default
-            128 MiB of them.
+            Where the kernels recompute: columns that the backward holds, of 8192 rows at most; by
+            default 32 MiB of them.
         impl: ``"chunked"``: gradients are computed with the loss, and kept. ``"recompute"``: no
             logits in the forward and nothing kept, for a third more operations.
             ``reduction="none"`` and ``process_group`` always recompute.
