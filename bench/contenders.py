@@ -75,6 +75,18 @@ def triton_peers(op_name: str) -> dict[str, Call]:
     return found
 
 
+def flex_peer(op_name: str, compiled: Call) -> Call | None:
+    """An op's FlexAttention contender, or None.
+
+    Args:
+        op_name: The op's name.
+        compiled: Called in place of the compiled ``flex_attention``.
+    """
+    if op_name == "flash_attention":
+        return _in_our_layout(lambda: _flex_by(compiled))()
+    return _flex_by(compiled) if op_name == "scaled_dot_product_attention" else None
+
+
 def versions() -> dict[str, str]:
     """Installed peers and their versions."""
     found = {}
@@ -314,9 +326,15 @@ def _flash_attn() -> Call:
 
 def _flex_attention() -> Call:
     """FlexAttention through Inductor, in PyTorch's own layout."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    return _flex_by(torch.compile(flex_attention, dynamic=False))
+
+
+def _flex_by(compiled: Call) -> Call:
+    """FlexAttention by what stands for its compiled function."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
     masks: dict[Any, Any] = {}
 
     def causal_mask(b: Any, h: Any, i: Any, j: Any) -> Any:

@@ -37,6 +37,12 @@ def _sizes(op_name: str, which: str) -> Sequence[Any]:
     op = OPS[op_name]
     if which == "one":
         return [op.bench_sizes[len(op.bench_sizes) // 2]]
+    if which == "kinds":
+        kinds: dict[Any, list[Any]] = {}
+        for size in op.bench_sizes:
+            flags = {k: v for k, v in size.items() if isinstance(v, bool) or k == "D"}
+            kinds.setdefault(tuple(flags.items()), []).append(size)
+        return [alike[len(alike) // 2] for alike in kinds.values()]
     return op.bench_sizes if which == "bench" else [*op.sizes, *op.bench_sizes]
 
 
@@ -239,7 +245,8 @@ def static_report(
     Args:
         targets: Such as ``"sm_90"``.
         ops: Names in ``fastlm.kernels.OPS``; all by default.
-        sizes: ``"one"`` typical size an op, ``"bench"`` sizes, or ``"all"``, small ones included.
+        sizes: ``"one"`` typical size an op, or one for each of its ``"kinds"`` (head size, flags
+            such as causal), the ``"bench"`` sizes, or ``"all"``, small ones included.
         dtypes: ``"one"``, bfloat16 where the op has it, or ``"all"``.
         processes: That compile at a time.
         peers: Also what installed peers launch for the same calls.
