@@ -26,7 +26,7 @@ def html(report: dict[str, Any]) -> str:
     """The page of a static report."""
     env = report["environment"]
     ops = list(dict.fromkeys(row["op"] for row in report["rows"]))
-    refused = _refusals(report)
+    refused, excused = _refusals(report)
     notice = paragraph(report["notice"], "notice")
     versions = (
         f"fastlm {env['fastlm']}, commit {env['commit']}; torch {env['torch']}, "
@@ -36,6 +36,8 @@ def html(report: dict[str, Any]) -> str:
     body.append(_headlines(report, refused))
     if refused:
         body.append(listing(refused, "bad"))
+    if excused:
+        body += [paragraph("Refused by the rules, and accepted:"), listing(excused)]
     if report.get("training"):
         body += _training(report["training"])
     note = (
@@ -50,13 +52,15 @@ def html(report: dict[str, Any]) -> str:
     return page("fastlm: static kernel report", body)
 
 
-def _refusals(report: dict[str, Any]) -> list[str]:
-    found = [
-        f"{row['op']} {row['kernel']} {row['target']}: {text}"
-        for row in report["rows"]
-        for text in row.get("refusals", [row.get("error", "")])
-    ]
-    return list(dict.fromkeys(found))
+def _refusals(report: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What the rules refuse, and what of it is accepted for a reason that is named."""
+    refused: list[str] = []
+    excused: list[str] = []
+    for row in report["rows"]:
+        where = f"{row['op']} {row['kernel']} {row['target']}"
+        refused += [f"{where}: {text}" for text in row.get("refusals", [row.get("error", "")])]
+        excused += [f"{where}: {text}" for text in row.get("accepted", ())]
+    return list(dict.fromkeys(refused)), list(dict.fromkeys(excused))
 
 
 def _headlines(report: dict[str, Any], refused: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from .compile import Failure, compile_all
 from .fingerprint import fingerprint
 from .model import ASSUMPTIONS, model, part, roofline
 from .peers import peer_cases
-from .rules import Compiled, refusals
+from .rules import ACCEPTED, Compiled, accepted, refusals
 from .sass import GPUS
 
 NOTHING_TIMED = (
@@ -110,8 +110,15 @@ def _row(case: Case, arch: int, result: Compiled | Failure) -> dict[str, Any]:
         "accesses": code.accesses,
         "float64": code.double,
         "barriers": code.barriers,
-        "refusals": refusals(result) if case.contender == "fused" else [],
+        "refusals": [],
+        "accepted": [],
     }
+    for text in refusals(result) if case.contender == "fused" else ():
+        known = accepted(launch.name, case.label, text)
+        if known is None:
+            row["refusals"].append(text)
+        else:
+            row["accepted"].append(f"{text}; accepted: {ACCEPTED[known]}")
     if result.report is not None:
         modelled = asdict(model(launch, result.ttir, result.report))
         row["modelled"] = modelled

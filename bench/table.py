@@ -87,10 +87,16 @@ def _footer(report: dict[str, Any]) -> list[str]:
         for row in report["rows"]
         for text in row.get("refusals", [row.get("error", "")])
     ]
+    excused = dict.fromkeys(
+        f"  {row['op']} {row['kernel']} {row['target']}: {text}"
+        for row in report["rows"]
+        for text in row.get("accepted", ())
+    )
     parts = ", ".join(f"{target} = {part['name']}" for target, part in report["parts"].items())
     return [
         f"Refused by the rules: {len(refused) or 'none'}",
         *refused[:20],
+        *([f"Refused but accepted: {len(excused)}", *excused] if excused else []),
         "",
         "Assumptions of the model:",
         *(f"  {text}" for text in report["assumptions"]),

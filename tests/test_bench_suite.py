@@ -19,7 +19,7 @@ from fastlm.bench.suite import (
     summary,
     time_setting,
 )
-from fastlm.bench.table import timed_table
+from fastlm.bench.table import static_table, timed_table
 from fastlm.bench.timed_report import timed_html
 from fastlm.kernels import OPS
 
@@ -361,3 +361,8 @@ def test_the_static_report(tmp_path, capsys):
         assert words in written
     assert "http" not in written
     assert html(found) == written
+    forward["accepted"] = ["float64: 2 instructions; accepted: bias corrections"]
+    line = "layer_norm _forward_kernel sm_90: float64: 2 instructions; accepted: bias corrections"
+    assert line in html(found)
+    shown = static_table(found)
+    assert "Refused by the rules: none\nRefused but accepted: 1\n  " + line in shown
