@@ -12,9 +12,8 @@ from fastlm.kernels import OPS
 from . import compare as comparison
 from . import on_gpu
 from .against import against_peers, peers_table
-from .contenders import triton_peers, versions
+from .contenders import has_flex, triton_peers, versions
 from .files import add_outputs, check_files, check_ops, read_report, write
-from .peers import has_flex
 from .report import html
 from .static import ALL_TARGETS, DEFAULT_TARGETS, TARGETS, static_report
 from .table import static_table
@@ -53,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     render.add_argument("report", help="JSON file of bench run or bench static")
     render.add_argument("--html", metavar="FILE", required=True, help="where to write the page")
     render.set_defaults(bench_command=_report)
-    peers = verbs.add_parser("peers", help="ours against installed peers, modelled; needs no GPU")
+    peers = verbs.add_parser("peers", help="ours against peers, modelled; needs no GPU")
+    peers.add_argument(
+        "--op", action="append", metavar="NAME", help="an op's name; may be repeated (default: all)"
+    )
     peers.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     peers.set_defaults(bench_command=_peers)
     gate = verbs.add_parser("snapshot", help="check the machine code against the committed figures")
@@ -176,8 +178,9 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _peers(args: argparse.Namespace) -> int:
+    check_ops(args.op)
     check_files(args.json)
-    names = [name for name in OPS if triton_peers(name) or has_flex(name)]
+    names = args.op or [name for name in OPS if triton_peers(name) or has_flex(name)]
     report = static_report(targets=TARGETS, ops=names, sizes="kinds", peers=True)
     print(peers_table(report))
     if args.json:

@@ -75,16 +75,9 @@ def triton_peers(op_name: str) -> dict[str, Call]:
     return found
 
 
-def flex_peer(op_name: str, compiled: Call) -> Call | None:
-    """An op's FlexAttention contender, or None.
-
-    Args:
-        op_name: The op's name.
-        compiled: Called in place of the compiled ``flex_attention``.
-    """
-    if op_name == "flash_attention":
-        return _in_our_layout(lambda: _flex_by(compiled))()
-    return _flex_by(compiled) if op_name == "scaled_dot_product_attention" else None
+def has_flex(op_name: str) -> bool:
+    """Whether FlexAttention takes the op's arguments, in its own layout."""
+    return any(build is _flex_attention for _, _, build in _PEERS.get(op_name, ()))
 
 
 def versions() -> dict[str, str]:
@@ -328,10 +321,10 @@ def _flex_attention() -> Call:
     """FlexAttention through Inductor, in PyTorch's own layout."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return _flex_by(torch.compile(flex_attention, dynamic=False))
+    return flex_by(torch.compile(flex_attention, dynamic=False))
 
 
-def _flex_by(compiled: Call) -> Call:
+def flex_by(compiled: Call) -> Call:
     """FlexAttention by what stands for its compiled function."""
     from torch.nn.attention.flex_attention import create_block_mask
 

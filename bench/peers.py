@@ -11,7 +11,7 @@ from fastlm.kernels import Op
 
 from .capture import LIMITS, Launch
 from .cases import Case, cases_of, hollow
-from .contenders import flex_peer, triton_peers
+from .contenders import flex_by, has_flex, triton_peers
 from .flex import flex_launches
 from .table import in_a_line
 
@@ -55,11 +55,6 @@ def _builders(op: Op, target: str) -> dict[str, Builder]:
     return found
 
 
-def has_flex(op_name: str) -> bool:
-    """Whether FlexAttention, which comes with PyTorch, is a peer of the op."""
-    return flex_peer(op_name, flex_launches) is not None
-
-
 def _flex_cases(op: Op, target: str, dtype: torch.dtype, size: Mapping[str, Any]) -> list[Case]:
     """FlexAttention's launches for a call of the op: it has no host code to run but Inductor's."""
     inputs = hollow(op, dtype, size)
@@ -69,9 +64,7 @@ def _flex_cases(op: Op, target: str, dtype: torch.dtype, size: Mapping[str, Any]
         passes.extend(flex_launches(target, query, *rest, **options))
         return query  # as the output is shaped
 
-    call = flex_peer(op.name, compiled)
-    assert call is not None
-    call(**inputs)
+    flex_by(compiled)(**inputs)
     return [
         Case(op.name, dtype, size, "", bool(i), launch, op.work(**inputs), "flex")
         for i, launches in enumerate(passes)

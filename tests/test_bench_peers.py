@@ -9,7 +9,7 @@ import triton.language as tl
 
 from fastlm.bench import against, cases, flex, peers
 from fastlm.bench.capture import capture_launches
-from fastlm.bench.contenders import triton_peers
+from fastlm.bench.contenders import has_flex, triton_peers
 from fastlm.kernels import OPS
 
 
@@ -137,7 +137,7 @@ def test_a_loss_starts_its_backward_with_one():
 
 def test_ops_without_peers_have_no_cases():
     assert triton_peers("nonsense") == {}
-    assert not peers.has_flex("nonsense")
+    assert not has_flex("nonsense")
 
 
 # --- FlexAttention --------------------------------------------------------------------------------
@@ -146,8 +146,8 @@ def test_ops_without_peers_have_no_cases():
 @pytest.fixture(scope="module")
 def flex_cases():
     """FlexAttention's launches on sm_90, D 64, causal, two heads of 256 tokens."""
-    op = OPS["flash_attention"]
-    size = {"B": 1, "S_q": 256, "S_k": 256, "H": 2, "H_kv": 2, "D": 64, "causal": True}
+    op = OPS["scaled_dot_product_attention"]
+    size = {"B": 1, "S_q": 256, "S_k": 256, "H": 2, "H_kv": 2, "D": 64, "is_causal": True}
     found, missing = peers.peer_cases(op, "sm_90", [size], [torch.bfloat16])
     if missing:  # a PyTorch whose Inductor goes by other names says so, in the report as here
         pytest.skip(str(missing))
@@ -185,9 +185,9 @@ def test_what_fails_in_the_fork_is_said():
     assert flex._in_a_fork(lambda: [1, "a"]) == [1, "a"]
 
 
-def test_windows_are_not_flex_s(flex_cases):
-    op = OPS["flash_attention"]
-    size = {"B": 1, "S_q": 64, "S_k": 64, "H": 1, "H_kv": 1, "D": 64, "window_size": (3, 0)}
+def test_what_flex_does_not_take_is_named():
+    op = OPS["scaled_dot_product_attention"]
+    size = {"B": 1, "S_q": 64, "S_k": 64, "H": 1, "H_kv": 1, "D": 64, "dropout_p": 0.1}
     found, missing = peers.peer_cases(op, "sm_90", [size], [torch.bfloat16])
     assert found == []
-    assert "window_size" in missing["flash_attention by flex"]
+    assert "dropout_p" in missing["scaled_dot_product_attention by flex"]
