@@ -14,8 +14,8 @@ def human(value: float) -> str:
     """A number with a decimal prefix: ``"134 M"``."""
     if value <= 0:
         return "0 "
-    power = min(4, max(0, int(math.log(value, 1000) + 1e-9)))
-    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}"
+    power = min(5, max(0, int(math.log(value, 1000) + 1e-9)))
+    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}"
 
 
 def in_a_line(error: BaseException) -> str:
