@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
@@ -125,9 +126,8 @@ class Launch:
 
     def compile(self, target: GPUTarget | str | int | None = None, **override: Any) -> Any:
         """The compiled kernel, for the launch's own target or another; Triton caches it on disk."""
-        source = self.kernel.ASTSource(
-            self.kernel, dict(self.signature), dict(self.constexprs), dict(self.attrs)
-        )
+        kind = getattr(self.kernel, "ASTSource", ASTSource)  # set at the first launch: not by peers
+        source = kind(self.kernel, dict(self.signature), dict(self.constexprs), dict(self.attrs))
         chosen = self.target if target is None else as_target(target)
         return triton.compile(source, target=chosen, options={**self.options, **override})
 

@@ -147,7 +147,9 @@ def _call(function: Callable[..., Any], inputs: dict[str, Any], capture: Capture
     forward = len(capture.launches)
     outputs = [t for t in pytree.tree_leaves(results) if isinstance(t, Tensor) and t.requires_grad]
     if outputs:
-        torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
+        # A loss is where a backward starts: its gradient is 1, which some hosts look at.
+        gradients = [torch.empty_like(t) if t.dim() else torch.ones_like(t) for t in outputs]
+        torch.autograd.backward(outputs, gradients)
     return forward
 
 

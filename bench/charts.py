@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
+
+from .table import human
 
 Series = tuple[str, Sequence[tuple[float, float]]]
 
@@ -218,6 +220,121 @@ def ranges(
             y += row
         y += space
     return _svg(width, height, title, parts)
+
+
+class Point(NamedTuple):
+    """A call on a roofline chart.
+
+    Attributes:
+        name: Beside the dot, where there is room.
+        intensity: FLOPs for each byte of global memory.
+        speed: FLOPs a second.
+        hint: Shown when pointed at, after the name.
+        lost: Whether another contender is faster.
+    """
+
+    name: str
+    intensity: float
+    speed: float
+    hint: str
+    lost: bool = False
+
+
+def roofline(
+    title: str,
+    bandwidth: float,
+    peaks: Sequence[tuple[str, float]],
+    points: Sequence[Point],
+    *,
+    colour: int,
+    width: float = 560,
+    height: float = 380,
+) -> str:
+    """Calls under the roofline of a part, both axes logarithmic; those lost to others are ringed.
+
+    Args:
+        title: For readers who cannot see the chart.
+        bandwidth: Bytes a second.
+        peaks: Names of the part's ceilings, each with its FLOPs a second.
+        points: The calls; all above 0.
+        colour: Of the roof and the dots, by its place among the page's colours.
+        width: In pixels, at full size.
+        height: In pixels, at full size.
+    """
+    left, right, top, bottom = 58.0, 16.0, 26.0, 42.0
+    highest = max(peak for _, peak in peaks)
+    x0, x1 = _decades([p.intensity / 1.3 for p in points] + [highest / bandwidth * 4])
+    y0, y1 = _decades([p.speed / 1.3 for p in points] + [highest])
+
+    def px(intensity: float) -> float:
+        return left + math.log(intensity / x0) / math.log(x1 / x0) * (width - left - right)
+
+    def py(speed: float) -> float:
+        return top + math.log(y1 / speed) / math.log(y1 / y0) * (height - top - bottom)
+
+    parts = [_text(4, 14, "FLOP/s", kind="axis")]
+    for tick in _powers(x0, x1):
+        x = px(tick)
+        parts.append(element("line", class_="grid", x1=x, x2=x, y1=top, y2=height - bottom))
+        parts.append(_text(x, height - bottom + 18, plain(tick), "middle"))
+    for tick in _powers(y0, y1):
+        y = py(tick)
+        parts.append(element("line", class_="grid", x1=left, x2=width - right, y1=y, y2=y))
+        parts.append(_text(left - 8, y + 4, human(tick).replace(" ", ""), "end"))
+    middle = (left + width - right) / 2
+    parts.append(_text(middle, height - 6, "FLOP a byte", "middle", "axis"))
+    for name, peak in peaks:
+        ridge = peak / bandwidth
+        start = max(x0, y0 / bandwidth)
+        corners = ((start, start * bandwidth), (ridge, peak), (x1, peak))
+        path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in corners)
+        parts.append(element("polyline", class_=f"line s{colour}", points=path))
+        foot = {"y1": py(peak), "y2": height - bottom}
+        parts.append(element("line", class_="mark", x1=px(ridge), x2=px(ridge), **foot))
+        said = f"{name} {human(peak)}FLOP/s, from {plain(ridge)} FLOP a byte"
+        parts.append(_text(width - right, py(peak) - 6, said, "end"))
+    taken: list[tuple[float, float, float, float]] = []
+    dots, words = [], []
+    for point in sorted(points, key=lambda p: -p.speed):
+        x, y = px(point.intensity), py(point.speed)
+        hint = _hint(f"{point.name}, {point.hint}")
+        if point.lost:
+            dots.append(element("circle", hint, class_="lost", cx=x, cy=y, r=8.0))
+        dots.append(element("circle", hint, class_=f"dot s{colour}", cx=x, cy=y, r=4.5))
+        taken.append((x - 6, y - 6, x + 6, y + 6))
+    for point in sorted(points, key=lambda p: (not p.lost, -p.speed)):
+        label = _beside(px(point.intensity), py(point.speed), point.name, taken, width - right)
+        if label is not None:
+            words.append(_text(*label, point.name))
+    return _svg(width, height, title, [*parts, *words, *dots])
+
+
+def _decades(values: Sequence[float]) -> tuple[float, float]:
+    """Powers of ten around the values."""
+    low = 10.0 ** math.floor(math.log10(min(values)) + 1e-9)
+    high = 10.0 ** math.ceil(math.log10(max(values)) - 1e-9)
+    return low, max(high, 10 * low)
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """Powers of ten from low to high."""
+    return [low * 10.0**k for k in range(round(math.log10(high / low)) + 1)]
+
+
+def _beside(
+    x: float, y: float, words: str, taken: list[tuple[float, float, float, float]], edge: float
+) -> tuple[float, float] | None:
+    """Where words fit right or left of, above or below a dot; their place is then taken."""
+    length = 6.6 * len(words)
+    right, left = x + 9, x - 9 - length
+    places = ((right, y + 4), (left, y + 4), (right, y + 15), (right, y - 8), (left, y + 15))
+    for at, base in places:
+        box = (at, base - 10, at + length, base + 3)
+        free = all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken)
+        if free and at > 58 and box[2] < edge:
+            taken.append(box)
+            return at, base
+    return None
 
 
 def legend(names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from fastlm.kernels import OPS
 from . import compare as comparison
 from . import on_gpu
 from .against import against_peers, peers_table
-from .contenders import triton_peers, versions
+from .contenders import has_flex, triton_peers, versions
 from .files import add_outputs, check_files, check_ops, read_report, write
 from .report import html
 from .static import ALL_TARGETS, DEFAULT_TARGETS, TARGETS, static_report
@@ -52,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     render.add_argument("report", help="JSON file of bench run or bench static")
     render.add_argument("--html", metavar="FILE", required=True, help="where to write the page")
     render.set_defaults(bench_command=_report)
-    peers = verbs.add_parser("peers", help="ours against installed peers, modelled; needs no GPU")
+    peers = verbs.add_parser("peers", help="ours against peers, modelled; needs no GPU")
+    peers.add_argument(
+        "--op", action="append", metavar="NAME", help="an op's name; may be repeated (default: all)"
+    )
     peers.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     peers.set_defaults(bench_command=_peers)
     gate = verbs.add_parser("snapshot", help="check the machine code against the committed figures")
@@ -79,9 +82,10 @@ def _add_static(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sizes",
-        choices=("one", "bench", "all"),
+        choices=("one", "kinds", "bench", "all"),
         default="one",
-        help="one typical size an op (default), all benchmark sizes, or the small test sizes too",
+        help="one typical size an op (default), one of each kind (head size, causal or not), "
+        "all benchmark sizes, or the small test sizes too",
     )
     parser.add_argument(
         "--dtypes",
@@ -90,7 +94,9 @@ def _add_static(parser: argparse.ArgumentParser) -> None:
         help="bfloat16 where the op has it (default), or every dtype",
     )
     parser.add_argument(
-        "--peers", action="store_true", help="installed peers' kernels as well (Liger-Kernel)"
+        "--peers",
+        action="store_true",
+        help="peers' kernels as well: FlexAttention's, and Liger-Kernel's where installed",
     )
     parser.add_argument("--run", metavar="DIR", help="a training run to show on the page")
     parser.add_argument(
@@ -172,17 +178,16 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _peers(args: argparse.Namespace) -> int:
+    check_ops(args.op)
     check_files(args.json)
-    names = [name for name in OPS if triton_peers(name)]
-    if not names:
-        raise ValueError("bench: no peer is installed; try pip install liger-kernel")
-    report = static_report(targets=TARGETS, ops=names, peers=True)
+    names = args.op or [name for name in OPS if triton_peers(name) or has_flex(name)]
+    report = static_report(targets=TARGETS, ops=names, sizes="kinds", peers=True)
     print(peers_table(report))
     if args.json:
         env = report["environment"]
         figures = {
             "triton": env["triton"],
-            "peers": versions(),
+            "peers": {"torch": env["torch"], **versions()},
             "missing": report["missing_peers"],
             "targets": report["targets"],
             "rows": against_peers(report),

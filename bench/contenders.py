@@ -75,6 +75,11 @@ def triton_peers(op_name: str) -> dict[str, Call]:
     return found
 
 
+def has_flex(op_name: str) -> bool:
+    """Whether FlexAttention takes the op's arguments, in its own layout."""
+    return any(build is _flex_attention for _, _, build in _PEERS.get(op_name, ()))
+
+
 def versions() -> dict[str, str]:
     """Installed peers and their versions."""
     found = {}
@@ -314,9 +319,15 @@ def _flash_attn() -> Call:
 
 def _flex_attention() -> Call:
     """FlexAttention through Inductor, in PyTorch's own layout."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    return flex_by(torch.compile(flex_attention, dynamic=False))
+
+
+def flex_by(compiled: Call) -> Call:
+    """FlexAttention by what stands for its compiled function."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
     masks: dict[Any, Any] = {}
 
     def causal_mask(b: Any, h: Any, i: Any, j: Any) -> Any:

@@ -53,6 +53,7 @@ svg text { fill: var(--soft); font-size: 12px } svg .group { fill: var(--ink); f
 svg .grid { stroke: var(--rule) } svg .track { fill: var(--track) } svg .range { opacity: .35 }
 svg .mark { stroke: var(--ink); stroke-dasharray: 3 3 }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round }
+svg .lost { fill: none; stroke: var(--bad); stroke-width: 2 }
 svg .dot { stroke: var(--card); stroke-width: 1.5 } svg .name { font-weight: 600 }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px; color: var(--soft);
   margin: 2px 0 10px }

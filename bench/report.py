@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .against import against_peers, by_target, in_words, verdict
-from .charts import bars, legend, lines, ranges
+from .charts import Point, bars, legend, lines, ranges, roofline
 from .page import (
     Cell,
     card,
@@ -17,7 +17,7 @@ from .page import (
     table,
     tiles,
 )
-from .table import accesses_in_short, digits
+from .table import accesses_in_short, digits, human
 
 Rows = list[dict[str, Any]]
 
@@ -26,7 +26,7 @@ def html(report: dict[str, Any]) -> str:
     """The page of a static report."""
     env = report["environment"]
     ops = list(dict.fromkeys(row["op"] for row in report["rows"]))
-    refused = _refusals(report)
+    refused, excused = _refusals(report)
     notice = paragraph(report["notice"], "notice")
     versions = (
         f"fastlm {env['fastlm']}, commit {env['commit']}; torch {env['torch']}, "
@@ -36,6 +36,8 @@ def html(report: dict[str, Any]) -> str:
     body.append(_headlines(report, refused))
     if refused:
         body.append(listing(refused, "bad"))
+    if excused:
+        body += [paragraph("Refused by the rules, and accepted:"), listing(excused)]
     if report.get("training"):
         body += _training(report["training"])
     note = (
@@ -43,20 +45,22 @@ def html(report: dict[str, Any]) -> str:
         "part's peak, over that time."
     )
     body += [heading("Each op at a typical size"), paragraph(note), _calls(report, ops)]
-    body += _peers(report)
+    body += [*_roofs(report, ops), *_peers(report)]
     for op in ops:
         body += _op_section(report, op)
     body += [*_launches(report, ops), *_foundations(report), notice]
     return page("fastlm: static kernel report", body)
 
 
-def _refusals(report: dict[str, Any]) -> list[str]:
-    found = [
-        f"{row['op']} {row['kernel']} {row['target']}: {text}"
-        for row in report["rows"]
-        for text in row.get("refusals", [row.get("error", "")])
-    ]
-    return list(dict.fromkeys(found))
+def _refusals(report: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What the rules refuse, and what of it is accepted for a reason that is named."""
+    refused: list[str] = []
+    excused: list[str] = []
+    for row in report["rows"]:
+        where = f"{row['op']} {row['kernel']} {row['target']}"
+        refused += [f"{where}: {text}" for text in row.get("refusals", [row.get("error", "")])]
+        excused += [f"{where}: {text}" for text in row.get("accepted", ())]
+    return list(dict.fromkeys(refused)), list(dict.fromkeys(excused))
 
 
 def _headlines(report: dict[str, Any], refused: Sequence[str]) -> str:
@@ -271,6 +275,53 @@ def _modelled(call: dict[str, Any] | None) -> str:
     text = ">= " * call["guessed"] + f"{digits(call['microseconds'][1])} us"
     share = call.get("roofline_share")
     return f"{text}, {share:.0%}" if share else text
+
+
+def _roofs(report: dict[str, Any], ops: Sequence[str]) -> list[str]:
+    """Each op's forward at its typical size under the roofline of each target's part."""
+    boxes = []
+    width = 560 if len(report["targets"]) > 1 else 1160
+    for colour, target in enumerate(report["targets"]):
+        points = [p for op in ops if (p := _under_the_roof(report, op, target))]
+        if points:
+            part = report["parts"][target]
+            chart = roofline(
+                f"{target}: forwards under the roofline",
+                part["dram_gbs"] * 1e9,
+                [("half precision", part["half_flops"])],
+                points,
+                colour=colour,
+                width=width,
+            )
+            boxes.append(card(f"{target}, {part['name']}", "", chart))
+    if not boxes:
+        return []
+    note = (
+        "Modelled FLOPs a second against the FLOPs for each byte that the call must move; the line "
+        "is the least of the part's memory and its half-precision products, at their nominal "
+        "rates. Ringed in red: a peer's forward is modelled faster. Ops that only move numbers "
+        "have no FLOPs, and no dot."
+    )
+    return [heading("Under the roofline"), paragraph(note), cards(boxes)]
+
+
+def _under_the_roof(report: dict[str, Any], op: str, target: str) -> Point | None:
+    """An op's forward at its typical size, where its FLOPs and bytes are known."""
+    calls = by_target(report, op, typical_case(report, op))
+    ours = calls.get(("forward", "fused"), {}).get(target)
+    if ours is None or not ours.get("work_flops") or not ours["microseconds"][1]:
+        return None
+    time = ours["microseconds"][1]
+    speed = ours["work_flops"] / time * 1e6
+    theirs = [by[target] for (d, who), by in calls.items() if d == "forward" and target in by]
+    share = ours["roofline_share"]
+    return Point(
+        op,
+        ours["work_flops"] / ours["least_bytes"],
+        speed,
+        f"{ours['case']}: {human(speed)}FLOP/s in {digits(time)} us, {share:.0%} of the roofline",
+        any(call["microseconds"][1] < time for call in theirs),
+    )
 
 
 def _peers(report: dict[str, Any]) -> list[str]:

@@ -157,3 +157,16 @@ RULES = (
 def refusals(compiled: Compiled) -> list[str]:
     """Everything that is wrong with one compiled launch; empty if nothing is."""
     return [f"{rule.__name__}: {text}" for rule in RULES for text in rule(compiled)]
+
+
+# Refusals that are known and accepted, on every target: kernel, rule and words of the case.
+ACCEPTED = {
+    ("prepare_kernel", "float64", ""): "bias corrections in float64, a lane a tensor",
+    ("momentum_kernel", "narrow_access", "bfloat16"): "the masked end counts like the loop",
+}
+
+
+def accepted(kernel: str, case: str, refusal: str) -> tuple[str, str, str] | None:
+    """The entry of ``ACCEPTED`` that excuses a refusal of a kernel in this case, if one does."""
+    rule = refusal.split(":")[0]
+    return next((k for k in ACCEPTED if k[:2] == (kernel, rule) and k[2] in case), None)

@@ -14,8 +14,8 @@ def human(value: float) -> str:
     """A number with a decimal prefix: ``"134 M"``."""
     if value <= 0:
         return "0 "
-    power = min(4, max(0, int(math.log(value, 1000) + 1e-9)))
-    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}"
+    power = min(5, max(0, int(math.log(value, 1000) + 1e-9)))
+    return f"{value / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}"
 
 
 def in_a_line(error: BaseException) -> str:
@@ -87,10 +87,16 @@ def _footer(report: dict[str, Any]) -> list[str]:
         for row in report["rows"]
         for text in row.get("refusals", [row.get("error", "")])
     ]
+    excused = dict.fromkeys(
+        f"  {row['op']} {row['kernel']} {row['target']}: {text}"
+        for row in report["rows"]
+        for text in row.get("accepted", ())
+    )
     parts = ", ".join(f"{target} = {part['name']}" for target, part in report["parts"].items())
     return [
         f"Refused by the rules: {len(refused) or 'none'}",
         *refused[:20],
+        *([f"Refused but accepted: {len(excused)}", *excused] if excused else []),
         "",
         "Assumptions of the model:",
         *(f"  {text}" for text in report["assumptions"]),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .charts import bars, legend, lines
+from .charts import Point, bars, legend, lines, roofline
 from .page import Cell, card, cards, filters, heading, page, paragraph, table, tiles
 from .suite import by_case, summary
 from .table import digits, human
@@ -36,6 +36,7 @@ def timed_html(report: dict[str, Any]) -> str:
         ),
         heading("Losses"),
         _losses(rows),
+        *_roof(report),
     ]
     for op in dict.fromkeys(row["op"] for row in rows):
         body += _op_section(rows, op, baseline)
@@ -62,6 +63,43 @@ def _losses(rows: Rows) -> str:
         figures = (digits(times[best] * 1e6), digits(times["fused"] * 1e6), f"{ratio:.2f}x")
         body.append([*cells, *((figure, "n") for figure in figures)])
     return table(header, body)
+
+
+def _roof(report: dict[str, Any]) -> list[str]:
+    """Our forwards under the roofline measured on this card, each op at its largest size."""
+    largest: dict[str, dict[str, Any]] = {}
+    for row in report["rows"]:
+        if row["contender"] == "fused" and row.get("gbs") and row.get("tflops"):
+            largest[row["op"]] = row
+    peaks = list(report["peaks"]["flops"].items())
+    if not largest or not peaks:
+        return []
+    times = by_case(report["rows"])
+    points = [
+        Point(
+            op,
+            row["tflops"] * 1e3 / row["gbs"],
+            row["tflops"] * 1e12,
+            f"{row['case']}: {row['tflops']:.1f} TFLOP/s in {digits(row['p50'] * 1e6)} us",
+            min(times[tuple(row[k] for k in ("op", "case", "mode", "cache"))].values())
+            < row["p50"],
+        )
+        for op, row in largest.items()
+    ]
+    chart = roofline(
+        "forwards under the roofline",
+        report["peaks"]["bytes"],
+        peaks,
+        points,
+        colour=0,
+        width=1160,
+        height=460,
+    )
+    note = (
+        "FLOPs a second against the FLOPs for each byte that the call must move, under the "
+        "copy and the products measured on this card. Ringed in red: another contender is faster."
+    )
+    return [heading("Under the roofline"), card("Each op at its largest size", note, chart)]
 
 
 def _op_section(rows: Rows, op: str, baseline: str) -> list[str]:

@@ -32,7 +32,7 @@ class Choice:
         key: Its name and arguments, as ``fastlm.kernels._tuned`` writes them.
         tile: That ships.
         fields: That may change.
-        mode: The pass that it was met in.
+        mode: The pass that it was met in; ``"full"`` for a tile that both take.
     """
 
     key: str
@@ -48,7 +48,8 @@ def choices(setting: Setting, device: Bench) -> list[Choice]:
 
     def seen_in(mode: str) -> _tuned.Seen:
         def seen(key: str, tile: dict[str, int], fields: tuple[str, ...]) -> None:
-            found.setdefault(key, Choice(key, tile, fields, mode))
+            other = key in found and found[key].mode != mode
+            found[key] = Choice(key, tile, fields, "full" if other else mode)
 
         return seen
 

@@ -80,7 +80,7 @@ def _replaced(tile: Any, key: str, fields: tuple[str, ...]) -> Any:
     """The tile with what was found for this key."""
     plain = _fields(tile)
     if _observer is not None:
-        _observer(key, plain, fields)
+        _observer(key, plain, tuple(name for name in fields if name in plain))
     found = _trial.get(key)
     if found is None and _winners and _dispatch._cpu_runner is None:
         found = _winners.get(_device(torch.cuda.current_device()), {}).get(key)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ._dispatch import dispatched
 from ._op import Inputs, Op
 from ._register import eager_gradients, torch_op
+from ._tuned import tunable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -106,8 +107,13 @@ def _backward_kernel(dy_ptr, x_ptr, dx_ptr, n, KIND: tl.constexpr, BLOCK: tl.con
 
 # --- launch -------------------------------------------------------------------------------------
 
-_TILE = {"BLOCK": 1024, "num_warps": 4}  # 16 bytes of half precision a thread; unmeasured
 GELU_KINDS = {"none": "gelu", "tanh": "gelu_tanh"}  # ``approximate`` to the kernels' KIND
+
+
+@tunable("BLOCK", "num_warps")
+def _tile(kind: str, dtype: torch.dtype) -> dict[str, int]:
+    """16 bytes of half precision a thread; unmeasured."""
+    return {"BLOCK": 1024, "num_warps": 4}
 
 
 def _laid_out_as(x: Tensor, like: Tensor) -> Tensor:
@@ -134,8 +140,9 @@ def _backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
     dx = torch.empty_like(x)  # dense, in the order of x
     n = x.numel()
     if n:
-        _backward_kernel[(triton.cdiv(n, _TILE["BLOCK"]),)](
-            _laid_out_as(dy, dx), _laid_out_as(x, dx), dx, n, KIND=kind, **_TILE
+        tile = _tile(f"{kind} backward", x.dtype)
+        _backward_kernel[(triton.cdiv(n, tile["BLOCK"]),)](
+            _laid_out_as(dy, dx), _laid_out_as(x, dx), dx, n, KIND=kind, **tile
         )
     return dx
 
@@ -157,8 +164,9 @@ def _forward(x: Tensor, kind: str) -> Tensor:
     y = torch.empty_like(x)
     n = x.numel()
     if n:
-        _forward_kernel[(triton.cdiv(n, _TILE["BLOCK"]),)](
-            _laid_out_as(x, y), y, n, KIND=kind, **_TILE
+        tile = _tile(kind, x.dtype)
+        _forward_kernel[(triton.cdiv(n, tile["BLOCK"]),)](
+            _laid_out_as(x, y), y, n, KIND=kind, **tile
         )
     return y
 

@@ -20,6 +20,7 @@ from ._launch import multiprocessors, rows_of
 from ._op import Inputs, Op
 from ._register import eager_gradients, torch_op
 from ._rows import sum_parts
+from ._tuned import tunable
 from .activations import DTYPES, GELU_KINDS, activation
 
 
@@ -79,16 +80,22 @@ def _backward_kernel(
 # --- launch -------------------------------------------------------------------------------------
 
 
-def _tile(M: int, N: int) -> tuple[dict[str, int], int, int]:
-    """A tile of about 2048 numbers, and how many make up the rows and the columns; unmeasured.
+@tunable("BLOCK_M", "BLOCK_N", "num_warps")
+def _block(N: int) -> dict[str, int]:
+    """A tile of about 2048 numbers; unmeasured.
 
     A thread's columns are the same in each row of 1024, so that neither the bias nor the sums of
     dbias meet in shared memory: 0 and 1 barriers on sm_90, against 3 and 8 for rows of 256.
     """
     block_n = min(triton.next_power_of_2(N), 1024)
-    block_m = min(2048 // block_n, triton.next_power_of_2(M))
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4}
-    return tile, triton.cdiv(M, block_m), triton.cdiv(N, block_n)
+    return {"BLOCK_M": 2048 // block_n, "BLOCK_N": block_n, "num_warps": 4}
+
+
+def _tile(M: int, N: int) -> tuple[dict[str, int], int, int]:
+    """The tile of M rows, and how many make up the rows and the columns."""
+    tile = _block(N)
+    tile["BLOCK_M"] = min(tile["BLOCK_M"], triton.next_power_of_2(M))
+    return tile, triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(N, tile["BLOCK_N"])
 
 
 def _forward_fake(x: Tensor, bias: Tensor, kind: str) -> Tensor:

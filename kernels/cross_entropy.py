@@ -37,6 +37,7 @@ from ._dispatch import dispatched
 from ._launch import rows_of
 from ._op import Inputs, Op
 from ._register import eager_gradients, torch_op
+from ._tuned import tunable
 
 
 def check_extensions(op: str, z_loss: float, softcap: float) -> None:
@@ -421,6 +422,7 @@ def lane_of(x: Tensor) -> int:
     return 16 // x.element_size()
 
 
+@tunable("BLOCK", "num_warps")
 def row_options(x: Tensor) -> dict[str, int | bool]:
     """How a program takes a row of ``x`` (M, V): two lanes a thread at a time; unmeasured."""
     V, lane = x.shape[1], lane_of(x)

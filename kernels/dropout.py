@@ -21,6 +21,7 @@ from ._dispatch import dispatched
 from ._op import Inputs, Op
 from ._philox import as_seed, draw, keep_mask, scale_of, threshold_of
 from ._register import torch_op
+from ._tuned import tunable
 
 
 def reference(
@@ -76,13 +77,19 @@ def _gradients(ctx, dy):
     return _dropout(dy, ctx.p, *ctx.saved_tensors), None, None
 
 
+@tunable("BLOCK", "num_warps")
+def _tile(dtype: torch.dtype) -> dict[str, int]:
+    return {"BLOCK": 1024, "num_warps": 4}  # unmeasured
+
+
 @torch_op("dropout", fake=_fake, setup_context=_save, backward=_gradients)
 def _dropout(input: Tensor, p: float, seed: Tensor) -> Tensor:
     y = _fake(input, p, seed)
     n = y.numel()
     if n:
-        _dropout_kernel[(triton.cdiv(n, 1024),)](
-            input.contiguous(), seed, y, n, threshold_of(p), scale_of(p), BLOCK=1024, num_warps=4
+        tile = _tile(input.dtype)
+        _dropout_kernel[(triton.cdiv(n, tile["BLOCK"]),)](
+            input.contiguous(), seed, y, n, threshold_of(p), scale_of(p), **tile
         )
     return y
 

@@ -21,6 +21,7 @@ from ._dispatch import dispatched
 from ._launch import rows_of
 from ._op import Inputs, Op
 from ._register import torch_op
+from ._tuned import tunable
 
 
 def reference(
@@ -136,6 +137,7 @@ def _cut_runs_kernel(
 _CHUNK = 64  # sorted tokens that one program sums at most; unmeasured
 
 
+@tunable("BLOCK_N", "num_warps")
 def _columns(N: int) -> dict[str, int]:
     return {"BLOCK_N": min(triton.next_power_of_2(N), 1024), "num_warps": 4}
 

@@ -22,6 +22,7 @@ from ._dispatch import dispatched
 from ._launch import rows_of
 from ._op import Inputs, Op
 from ._register import torch_op
+from ._tuned import tunable
 
 Granularity = Literal["tensor", "row", "block"]
 
@@ -239,14 +240,25 @@ def _tile_kernel(
 # --- launch -------------------------------------------------------------------------------------
 
 
-def _tile(M: int, by_block: bool) -> dict[str, int]:
-    """The tile of a product; unmeasured. Scales by block keep a second tile of sums."""
+@tunable("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+def _tile(thin: bool, by_block: bool) -> dict[str, int]:
+    """The tile of a product; unmeasured. ``thin``: at most 64 rows.
+
+    Scales by block keep a second tile of sums.
+    """
     if _dispatch._cpu_runner == "interpreter":
         return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": _BLOCK}
-    if M <= 64:
+    if thin:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": _BLOCK, "num_warps": 4, "num_stages": 4}
     block_n = 64 if by_block else 128
     return {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": _BLOCK, "num_warps": 8, "num_stages": 3}
+
+
+@tunable("BLOCK_G", "num_warps")
+def _quantize_tile(groups: int, width: int) -> dict[str, int]:
+    """Groups of ``width`` numbers that a program scales: 16 numbers a thread; unmeasured."""
+    block_g = min(triton.next_power_of_2(groups), 16)
+    return {"BLOCK_G": block_g, "num_warps": min(max(block_g * width // 512, 1), 32)}
 
 
 def _whole_lanes(x: Tensor) -> Tensor:
@@ -272,12 +284,11 @@ def _quantize(x: Tensor, by_block: bool, dtype: torch.dtype) -> tuple[Tensor, Te
     K, groups = x.shape[-1], scale.shape[-1]
     x = rows_of(x, K)
     width = _BLOCK if by_block else triton.next_power_of_2(K)
-    block_g = min(triton.next_power_of_2(groups), 16)
-    _quantize_kernel[(x.shape[0], triton.cdiv(groups, block_g))](
+    tile = _quantize_tile(groups, width)
+    _quantize_kernel[(x.shape[0], triton.cdiv(groups, tile["BLOCK_G"]))](
         x, codes, scale,
         x.stride(0), K, groups, torch.finfo(dtype).max,
-        BLOCK_G=block_g, WIDTH=width, GROUP=_BLOCK if by_block else 0,
-        num_warps=min(max(block_g * width // 512, 1), 32),
+        WIDTH=width, GROUP=_BLOCK if by_block else 0, **tile,
     )  # fmt: skip
     return codes, scale
 
@@ -309,7 +320,7 @@ def _forward(
         return y
     N, K = weight.shape
     x, weight = _whole_lanes(rows_of(x, K)), _whole_lanes(rows_of(weight, K))
-    M, tile = x.shape[0], _tile(x.shape[0], by_block)
+    M, tile = x.shape[0], _tile(x.shape[0] <= 64, by_block)
     scale_x, scale_w = scale_x.contiguous(), scale_w.contiguous()
     # One row of scales after another; all on one number where there is only one.
     stride_x = _blocks(K) if by_block else int(scale_x.numel() > 1)

@@ -20,6 +20,7 @@ from ._dispatch import dispatched
 from ._launch import rows_of
 from ._op import Inputs, Op
 from ._register import eager_gradients, torch_op
+from ._tuned import tunable
 from .activations import DTYPES, GELU_KINDS, activation
 
 
@@ -118,7 +119,11 @@ def _backward_kernel(
 
 # --- launch -------------------------------------------------------------------------------------
 
-_ELEMENTS = 1024  # of a tile, 16 bytes of half precision a thread; unmeasured
+
+@tunable("elements", "num_warps")
+def _share(kind: str, x: Tensor) -> dict[str, int]:
+    """Numbers of a tile: 16 bytes of half precision a thread; unmeasured."""
+    return {"elements": 1024, "num_warps": 4}
 
 
 def _tiled(*tensors: Tensor) -> tuple[list[Tensor], list[int], int, int]:
@@ -134,11 +139,12 @@ def _tiled(*tensors: Tensor) -> tuple[list[Tensor], list[int], int, int]:
     return rows, [t.stride(0) if M > 1 else 0 for t in rows], M, N
 
 
-def _tile(M: int, N: int) -> tuple[dict[str, int], tuple[int]]:
-    block_n = min(triton.next_power_of_2(N), _ELEMENTS)
-    block_m = min(_ELEMENTS // block_n, triton.next_power_of_2(M))
+def _tile(share: dict[str, int], M: int, N: int) -> tuple[dict[str, int], tuple[int]]:
+    elements, warps = share["elements"], share["num_warps"]
+    block_n = min(triton.next_power_of_2(N), elements)
+    block_m = min(elements // block_n, triton.next_power_of_2(M))
     programs = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4}, (programs,)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps}, (programs,)
 
 
 def _eager(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
@@ -161,7 +167,7 @@ def _backward(dy: Tensor, gate: Tensor, up: Tensor | None, kind: str) -> tuple[T
     if dy.numel():
         gradients = _halves("glu", dgate, None if up is None else dup)
         tensors, strides, M, N = _tiled(dy, *_halves("glu", gate, up), *gradients)
-        tile, grid = _tile(M, N)
+        tile, grid = _tile(_share(f"{kind} backward", dy), M, N)
         _backward_kernel[grid](*tensors, *strides, M, N, KIND=kind, **tile)
     return dgate, dup
 
@@ -185,7 +191,7 @@ def _forward(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
     y = _forward_fake(gate, up, kind)
     if y.numel():
         tensors, strides, M, N = _tiled(*_halves("glu", gate, up), y)
-        tile, grid = _tile(M, N)
+        tile, grid = _tile(_share(kind, y), M, N)
         _forward_kernel[grid](*tensors, *strides, M, N, KIND=kind, **tile)
     return y
 

@@ -25,6 +25,7 @@ from ._dispatch import dispatched
 from ._launch import rows_of
 from ._op import Inputs, Op
 from ._register import torch_op
+from ._tuned import tunable
 from ._weight_only import (
     QuantizedLinear,
     autocast,
@@ -323,6 +324,7 @@ def _dx_kernel(
 _FEW = 4  # rows that go without tensor cores; unmeasured
 
 
+@tunable("BLOCK_N", "BLOCK_B", "num_warps")
 def _few_tile(row_bytes: int) -> dict[str, int]:
     """The tile of few rows: 32 bytes a thread and turn; unmeasured."""
     if _dispatch._cpu_runner == "interpreter":
@@ -331,17 +333,19 @@ def _few_tile(row_bytes: int) -> dict[str, int]:
     return {"BLOCK_N": 4096 // block_b, "BLOCK_B": block_b, "num_warps": 4}
 
 
-def _tile(M: int, dtype: torch.dtype) -> dict[str, int]:
-    """The tile of the forward; unmeasured."""
+@tunable("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+def _tile(thin: bool, dtype: torch.dtype) -> dict[str, int]:
+    """The tile of the forward; unmeasured. ``thin``: at most 64 rows."""
     if _dispatch._cpu_runner == "interpreter":
         return {"BLOCK_M": 16, "BLOCK_N": 32}
     if dtype == torch.float32:  # three tf32 products hold both halves of each operand
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    if M <= 64:
+    if thin:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
 
 
+@tunable("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 def _tile_backward(dtype: torch.dtype) -> dict[str, int]:
     """The tile of dx; unmeasured."""
     if _dispatch._cpu_runner == "interpreter":
@@ -442,7 +446,7 @@ def _forward(
             ROWS=triton.next_power_of_2(M), **flags, **tile,
         )  # fmt: skip
         return y
-    tile = _tile(M, x.dtype)
+    tile = _tile(M <= 64, x.dtype)
     tiles = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])
     share = triton.cdiv(groups, shares_of(tiles, groups, x.device))
     shares = triton.cdiv(groups, share)

@@ -20,6 +20,7 @@ from ._dispatch import dispatched
 from ._launch import rows_of
 from ._op import Inputs, Op
 from ._register import torch_op
+from ._tuned import tunable
 from ._weight_only import (
     QuantizedLinear,
     autocast,
@@ -189,6 +190,7 @@ def _dx_kernel(
 _FEW = 4  # rows that go without tensor cores; unmeasured
 
 
+@tunable("BLOCK_N", "BLOCK_K", "num_warps")
 def _few_tile(N: int, K: int) -> dict[str, int]:
     """The tile of few rows: 32 weights a thread and turn; unmeasured."""
     if _dispatch._cpu_runner == "interpreter":
@@ -197,19 +199,24 @@ def _few_tile(N: int, K: int) -> dict[str, int]:
     return {"BLOCK_N": 4096 // block_k, "BLOCK_K": block_k, "num_warps": 4}
 
 
-def _tile(M: int, dtype: torch.dtype, aligned: bool) -> dict[str, int]:
-    """The tile of the forward; unmeasured. Rows off 16 bytes load number by number."""
+@tunable("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+def _tile(thin: bool, dtype: torch.dtype, aligned: bool) -> dict[str, int]:
+    """The tile of the forward; unmeasured. ``thin``: at most 64 rows.
+
+    Rows off 16 bytes load number by number.
+    """
     if _dispatch._cpu_runner == "interpreter":
         return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}
     if dtype == torch.float32:  # three tf32 products hold both halves of each operand
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     if not aligned:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    if M <= 64:
+    if thin:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
 
+@tunable("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 def _tile_backward(dtype: torch.dtype) -> dict[str, int]:
     """The tile of dx; unmeasured."""
     if _dispatch._cpu_runner == "interpreter":
@@ -287,7 +294,7 @@ def _forward(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) ->
         )  # fmt: skip
         return y
     aligned = K % 16 == x.stride(0) % 8 == qweight.stride(0) % 16 == 0
-    tile = _tile(M, x.dtype, aligned)
+    tile = _tile(M <= 64, x.dtype, aligned)
     tiles = triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"])
     steps = triton.cdiv(K, tile["BLOCK_K"])
     share = triton.cdiv(steps, shares_of(tiles, steps, x.device))

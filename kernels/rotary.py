@@ -20,6 +20,7 @@ from torch import Tensor
 from ._dispatch import dispatched
 from ._op import Inputs, Op
 from ._register import torch_op
+from ._tuned import tunable
 
 
 def _must(name: str, rule: str, got: object) -> ValueError:
@@ -203,7 +204,11 @@ def _rotary_kernel(
 
 # --- launch -------------------------------------------------------------------------------------
 
-_HEADS = 8  # that share a program's cosines and sines; unmeasured
+
+@tunable("HEADS", "BLOCK_S", "num_warps")
+def _tile(block_r: int, most: int) -> dict[str, int]:
+    """Positions, at most ``most``, and heads that share their cosines and sines; unmeasured."""
+    return {"HEADS": 8, "BLOCK_S": min(max(1024 // block_r, 1), most), "num_warps": 4}
 
 
 def _launch(
@@ -226,9 +231,9 @@ def _launch(
     cos, sin = (t if t.stride(1) == 1 else t.contiguous() for t in (cos, sin))
     sequences = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
     block_r = triton.next_power_of_2(R_half)
-    block_s = min(max(1024 // block_r, 1), triton.next_power_of_2(S))
+    tile = _tile(block_r, triton.next_power_of_2(S))
     rest = 0 if y is x else D - 2 * R_half
-    _rotary_kernel[(B * triton.cdiv(S, block_s), triton.cdiv(H, _HEADS))](
+    _rotary_kernel[(B * triton.cdiv(S, tile["BLOCK_S"]), triton.cdiv(H, tile["HEADS"]))](
         x, cos, sin, y,
         None if offsets is None else offsets.contiguous(),
         None if cu_seqlens is None else cu_seqlens.contiguous(),
@@ -236,8 +241,7 @@ def _launch(
         S, H, D, R_half, cos.shape[0], sequences, offset,
         INTERLEAVED=interleaved, CONJUGATE=conjugate, HAS_OFFSETS=offsets is not None,
         IS_RAGGED=cu_seqlens is not None, SEARCH_STEPS=max(sequences - 1, 0).bit_length(),
-        HEADS=_HEADS, BLOCK_S=block_s, BLOCK_R=block_r,
-        BLOCK_REST=triton.next_power_of_2(rest) if rest else 0, num_warps=4,
+        BLOCK_R=block_r, BLOCK_REST=triton.next_power_of_2(rest) if rest else 0, **tile,
     )  # fmt: skip
 
 

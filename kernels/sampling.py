@@ -25,6 +25,7 @@ from ._launch import multiprocessors, rows_of
 from ._op import Inputs, Op
 from ._philox import as_seed, draw, words_of
 from ._register import torch_op
+from ._tuned import tunable
 
 _LARGEST = tl.constexpr(2**31 - 1)
 _LEAST = tl.constexpr(-(2**31))
@@ -364,14 +365,21 @@ def _best_kernel(best_ptr, token_ptr, SHARES, BLOCK: tl.constexpr):
 
 # --- launch -------------------------------------------------------------------------------------
 
-_PICK = {"BLOCK": 2048, "num_warps": 8}  # unmeasured
-_CUT = {"BLOCK": 4096, "num_warps": 16}  # unmeasured
 _LOWEST_BIT = {torch.float32: 0, torch.float16: 12, torch.bfloat16: 16}  # lower ones are constant
 
 
-def _shares(B: int, V: int, device: torch.device) -> int:
+@tunable("BLOCK", "num_warps")
+def _pick_tile(V: int) -> dict[str, int]:
+    return {"BLOCK": 2048, "num_warps": 8}  # unmeasured
+
+
+@tunable("BLOCK", "num_warps")
+def _cut_tile(V: int) -> dict[str, int]:
+    return {"BLOCK": 4096, "num_warps": 16}  # unmeasured
+
+
+def _shares(B: int, blocks: int, device: torch.device) -> int:
     """Into how many shares to cut a row, so that B rows fill the GPU; no token depends on it."""
-    blocks = triton.cdiv(V, _PICK["BLOCK"])
     if device.type == "cpu" and _dispatch._cpu_runner == "interpreter":
         return min(2, blocks)  # a short test must see a share that is not the first
     return max(1, min(blocks, 2 * multiprocessors(device) // B, 64))
@@ -413,16 +421,17 @@ def _sample(
             x, temperature, top_k, top_p, min_p, cuts,
             x.stride(0), V,
             LOWEST_BIT=_LOWEST_BIT[x.dtype],
-            **{f"HAS_{name}": t is not None for name, t in filters.items()}, **_CUT,
+            **{f"HAS_{name}": t is not None for name, t in filters.items()}, **_cut_tile(V),
         )  # fmt: skip
-    blocks = triton.cdiv(V, _PICK["BLOCK"])
-    share = triton.cdiv(blocks, _shares(B, V, x.device))
+    tile = _pick_tile(V)
+    blocks = triton.cdiv(V, tile["BLOCK"])
+    share = triton.cdiv(blocks, _shares(B, blocks, x.device))
     shares = triton.cdiv(blocks, share)
     best = tokens.new_empty(B, shares if shares > 1 else 0)
     _pick_kernel[(B, shares)](
         x, temperature, seed, offset, cuts, best, tokens,
-        x.stride(0), V, share * _PICK["BLOCK"],
-        GREEDY=temperature is None, FILTERED=filtered, WHOLE=shares == 1, **_PICK,
+        x.stride(0), V, share * tile["BLOCK"],
+        GREEDY=temperature is None, FILTERED=filtered, WHOLE=shares == 1, **tile,
     )  # fmt: skip
     if shares > 1:
         _best_kernel[(B,)](best, tokens, shares, BLOCK=triton.next_power_of_2(shares), num_warps=1)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from fastlm.bench.capture import capture_launches
 from fastlm.bench.compile import Failure, compile_all
-from fastlm.bench.rules import refusals
+from fastlm.bench.rules import accepted, refusals
 
 
 @triton.jit
@@ -206,3 +206,13 @@ def test_a_compilation_that_takes_too_long_is_a_failure(tmp_path, monkeypatch):
     (result,) = compile_all([(capture.launches[0], 90)], processes=1, seconds=0.3)
     assert isinstance(result, Failure)
     assert "not compiled after" in result.message
+
+
+def test_accepted_refusals_are_of_one_kernel_and_rule():
+    said = "float64: 3 float64 instructions in a kernel of many programs"
+    assert accepted("prepare_kernel", "float32", said) == ("prepare_kernel", "float64", "")
+    assert accepted("update_kernel", "float32", said) is None
+    assert accepted("prepare_kernel", "float32", "spills: 3 instructions spill registers") is None
+    narrow = "narrow_access: most loads are narrow"
+    assert accepted("momentum_kernel", "bfloat16 (2 x 3)", narrow)
+    assert accepted("momentum_kernel", "float32 (2 x 3)", narrow) is None

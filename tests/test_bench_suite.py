@@ -19,7 +19,7 @@ from fastlm.bench.suite import (
     summary,
     time_setting,
 )
-from fastlm.bench.table import timed_table
+from fastlm.bench.table import static_table, timed_table
 from fastlm.bench.timed_report import timed_html
 from fastlm.kernels import OPS
 
@@ -208,6 +208,8 @@ def test_the_table_and_the_page_show_every_case(report):
     for words in ("float32 M=8 N=64", "Speed-up over eager", "In no case", "not installed"):
         assert words in page
     assert "http" not in page  # nothing is fetched
+    assert "Under the roofline" in page
+    assert 'class="lost"' not in page
 
 
 def test_losses_are_shown(report):
@@ -218,6 +220,7 @@ def test_losses_are_shown(report):
     assert "2 faster, 2 slower" in timed_table(slow)
     page = timed_html(slow)
     assert "In no case" not in page
+    assert page.count('class="lost"') == 1
     assert page.count("0.15x") >= 2
 
 
@@ -357,7 +360,15 @@ def test_the_static_report(tmp_path, capsys):
     assert low <= middle <= high
     assert 0.3 < call["roofline_share"] <= 1
     written = page.read_text()
-    for words in ("NOTHING WAS TIMED", "Training run", "_backward_kernel", "H100-SXM5", "4.010"):
+    for words in (
+        *("NOTHING WAS TIMED", "Training run", "_backward_kernel", "H100-SXM5", "4.010"),
+        "half precision 989 TFLOP/s, from 295 FLOP a byte",
+    ):
         assert words in written
     assert "http" not in written
     assert html(found) == written
+    forward["accepted"] = ["float64: 2 instructions; accepted: bias corrections"]
+    line = "layer_norm _forward_kernel sm_90: float64: 2 instructions; accepted: bias corrections"
+    assert line in html(found)
+    shown = static_table(found)
+    assert "Refused by the rules: none\nRefused but accepted: 1\n  " + line in shown

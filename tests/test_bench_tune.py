@@ -159,31 +159,89 @@ def test_a_broken_cache_is_named_and_left_alone(device, text):
         bench("tune", "--op", "layer_norm")
 
 
-@pytest.mark.parametrize(
-    ("op", "size", "keys"),
-    [
-        (
-            "layer_norm",
-            {"M": 9, "N": 70},
-            {"layer_norm: row_tile(70)", "layer_norm: _backward_tile(70)"},
-        ),
-        (
-            "flash_attention",
-            {"B": 1, "S_q": 40, "S_k": 40, "H": 1, "H_kv": 1, "D": 16, "causal": True},
-            {
-                "forward: tile_of(forward, float32 16, 16, False)",
-                "gradients: tile_of(dkdv, float32 16, 16, False)",
-                "gradients: tile_of(dq, float32 16, 16, False, False)",
-            },
-        ),
-    ],
-)
-def test_real_ops_choose_tiles_and_are_right_with_others(device, op, size, keys):
-    setting = Setting(OPS[op], torch.float32, size)
+REAL = {  # op: size, and each choice that it makes with the pass that times it
+    "layer_norm": (
+        {"M": 9, "N": 70},
+        {"layer_norm: row_tile(70)": "forward", "layer_norm: _backward_tile(70)": "backward"},
+    ),
+    "flash_attention": (
+        {"B": 1, "S_q": 40, "S_k": 40, "H": 1, "H_kv": 1, "D": 16, "causal": True},
+        {
+            "forward: tile_of(forward, float32 16, 16, False)": "forward",
+            "gradients: tile_of(dkdv, float32 16, 16, False)": "backward",
+            "gradients: tile_of(dq, float32 16, 16, False, False)": "backward",
+        },
+    ),
+    "group_norm": (
+        {"N": 3, "C": 6, "S": 35, "G": 2},
+        {"group_norm: _backward_tile(35)": "backward"},
+    ),
+    "cross_entropy": (
+        {"M": 2, "V": 2600, "softcap": 2.0},
+        {"cross_entropy: row_options(float32 2600)": "full"},
+    ),
+    "linear_cross_entropy": (
+        {"N": 17, "H": 33, "V": 150, "softcap": 3.0, "impl": "recompute"},
+        {
+            "tiles: _tile(float32 33, False)": "forward",
+            "tiles: _tile(float32 33)": "backward",
+        },
+    ),
+    "rotary_embedding": ({"S": 7, "H": 2, "D": 16}, {"rotary: _tile(8, 8)": "full"}),
+    "gelu": (
+        {"M": 3, "N": 700},
+        {
+            "activations: _tile(gelu, torch.float32)": "forward",
+            "activations: _tile(gelu backward, torch.float32)": "backward",
+        },
+    ),
+    "bias_gelu": ({"M": 5, "N": 48}, {"bias_gelu: _block(48)": "full"}),
+    "swiglu": (
+        {"M": 5, "N": 48, "packed": True},
+        {
+            "glu: _share(silu, float32 48)": "forward",
+            "glu: _share(silu backward, float32 48)": "backward",
+        },
+    ),
+    "dropout": ({"M": 4, "N": 512}, {"dropout: _tile(torch.float32)": "full"}),
+    "embedding": ({"T": 7, "V": 5, "N": 40}, {"embedding: _columns(40)": "full"}),
+    "int8_linear": (
+        {"M": 18, "N": 37, "K": 70},
+        {
+            "int8_linear: _tile(True, torch.float32, False)": "forward",
+            "int8_linear: _tile_backward(torch.float32)": "backward",
+        },
+    ),
+    "int4_linear": (
+        {"M": 3, "N": 19, "K": 90, "group_size": 32},
+        {
+            "int4_linear: _few_tile(48)": "forward",
+            "int4_linear: _tile_backward(torch.float32)": "backward",
+        },
+    ),
+    "fp8_linear": (
+        {"M": 5, "N": 150, "K": 150, "granularity": "block"},
+        {"fp8_linear: _tile(True, True)": "forward"},
+    ),
+    "quantize_fp8": (
+        {"M": 5, "K": 300, "granularity": "block"},
+        {"fp8_linear: _quantize_tile(3, 128)": "forward"},
+    ),
+    "sample": (
+        {"B": 2, "V": 1500, "temperature": 0.7, "top_k": 50},
+        {"sampling: _cut_tile(1500)": "forward", "sampling: _pick_tile(1500)": "forward"},
+    ),
+    "muon_step": ({"shapes": ((9, 30),), "ns_steps": 2}, {"newton_schulz: _tile()": "forward"}),
+}
+
+
+@pytest.mark.parametrize("op", REAL)
+def test_real_ops_choose_tiles_and_are_right_with_others(device, op):
+    size, modes = REAL[op]
+    setting = Setting(OPS[op], OPS[op].dtypes[0], size)
     with interpreted():
         found = tune.choices(setting, device)
-        assert {choice.key for choice in found} == keys
-        assert {choice.mode for choice in found} == {"forward", "backward"}
+        assert {choice.key: choice.mode for choice in found} == modes
         for choice in found:
             walk = tune._Walk(setting, choice, device, 1e9)
             block = choice.fields[0]

@@ -13,19 +13,11 @@ from triton.runtime.jit import JITFunction
 import fastlm.kernels
 from fastlm.bench.cases import Case, cases_of, hollow
 from fastlm.bench.compile import Failure, compile_all
-from fastlm.bench.rules import refusals
+from fastlm.bench.rules import ACCEPTED, accepted, refusals
 from fastlm.kernels import OPS
 
 TARGETS = [80, 90, 100, 120]
 
-# Refusals that are known and accepted: (kernel, target, rule, words of the case) and the reason.
-ACCEPTED = {
-    ("prepare_kernel", target, "float64", ""): "bias corrections in float64, a lane a tensor"
-    for target in TARGETS
-} | {
-    ("momentum_kernel", target, "narrow_access", "bfloat16"): "the masked end counts like the loop"
-    for target in TARGETS
-}
 EVERYTHING = os.environ.get("FASTLM_COMPILE") == "all"  # every variant on every target: minutes
 
 
@@ -143,7 +135,7 @@ def test_compiled_kernels_keep_the_rules(target):
         grids[case.launch.kernel].add(case.launch.grid)
     cases = chosen()[target]
     compiled = compile_all([(case.launch, target) for case in cases])
-    wrong, accepted = defaultdict(list), set()
+    wrong, excused = defaultdict(list), set()
     for case, result in zip(cases, compiled, strict=True):
         if isinstance(result, Failure):
             said = [result.message]
@@ -152,17 +144,16 @@ def test_compiled_kernels_keep_the_rules(target):
             result.main_path = on_main_path(case)
             said = refusals(result)
         for text in said:
-            found = (case.launch.name, target, text.split(":")[0])
-            known = [k for k in ACCEPTED if k[:3] == found and k[3] in case.label]
-            accepted |= set(known)
-            if not known:
+            known = accepted(case.launch.name, case.label, text)
+            excused.add(known)
+            if known is None:
                 wrong[f"{case.launch.name}: {text}"].append(f"{case.op} {case.label}")
     assert not wrong, "\n".join(
         f"{text}\n    {len(calls)} launches, the first of {calls[0]}"
         for text, calls in wrong.items()
     )
     names = {case.launch.name for case in cases}
-    stale = {key for key in ACCEPTED if key[1] == target and key[0] in names} - accepted
+    stale = {key for key in ACCEPTED if key[0] in names} - excused
     assert not stale, "accepted, but no longer so"
 
 

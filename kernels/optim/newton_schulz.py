@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK, _BLOCK_K, _WARPS, _STAGES = 128, 64, 8, 3  # unmeasured
+from .._tuned import tunable
 
 
 @triton.jit
@@ -108,6 +108,11 @@ def product_kernel(
     tl.store(out_ptr + offs, acc.to(tl.bfloat16), mask=mask)
 
 
+@tunable("BLOCK", "BLOCK_K", "num_warps", "num_stages")
+def _tile() -> dict[str, int]:
+    return {"BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}  # unmeasured
+
+
 def orthogonalize(
     x: Tensor,
     squares: Tensor,
@@ -130,10 +135,10 @@ def orthogonalize(
     M, N = wide.shape[1:]
     gram, polynomial = torch.empty(2, matrices, M, M, dtype=x.dtype, device=x.device)
     spare = torch.empty(min(steps, 2), *x.shape, dtype=x.dtype, device=x.device)
-    across = triton.cdiv(M, _BLOCK)
+    options = _tile()
+    across = triton.cdiv(M, options["BLOCK"])
     triangle = (across * (across + 1) // 2, matrices)
-    whole = (across * triton.cdiv(N, _BLOCK), matrices)
-    options = {"BLOCK": _BLOCK, "BLOCK_K": _BLOCK_K, "num_warps": _WARPS, "num_stages": _STAGES}
+    whole = (across * triton.cdiv(N, options["BLOCK"]), matrices)
     source = wide
     for step in range(steps):
         first, last = step == 0, step == steps - 1

@@ -1,0 +1,48 @@
+"""The roofline chart: places, rings, and labels that do not cover one another."""
+
+import re
+
+import pytest
+
+from fastlm.bench.charts import Point, roofline
+
+
+def places(svg, kind):
+    found = re.findall(rf'<circle class="{kind}[^"]*" cx="([\d.]+)" cy="([\d.]+)"', svg)
+    return [tuple(map(float, place)) for place in found]
+
+
+def test_points_lie_under_the_roof_where_they_should():
+    """A part of 1 TB/s and 100 TFLOP/s: the ridge is at 100 FLOP a byte."""
+    points = [
+        Point("bound by memory", 10.0, 10e12, "10 TFLOP/s"),
+        Point("bound by products", 1000.0, 100e12, "100 TFLOP/s"),
+        Point("half of that", 1000.0, 50e12, "50 TFLOP/s", lost=True),
+    ]
+    svg = roofline("r", 1e12, [("half", 100e12)], points, colour=2)
+    corners = [
+        tuple(map(float, c.split(","))) for c in re.search(r'points="([^"]+)"', svg)[1].split()
+    ]
+    (x0, y0), ridge, end = corners
+    assert ridge[1] == end[1] < y0
+    by_memory, *_ = [place for place in places(svg, "dot") if place[0] < ridge[0]]
+    slope = (y0 - ridge[1]) / (ridge[0] - x0)
+    assert y0 - slope * (by_memory[0] - x0) == pytest.approx(by_memory[1], abs=0.3)
+    right = sorted(y for x, y in places(svg, "dot") if x > ridge[0])
+    assert right[0] == pytest.approx(ridge[1], abs=0.1)  # on the roof
+    assert places(svg, "lost") == [(places(svg, "dot")[1][0], right[1])]  # the slower is ringed
+    assert "half 100 TFLOP/s, from 100 FLOP a byte" in svg
+    assert "<title>half of that, 50 TFLOP/s</title>" in svg
+
+
+def test_labels_keep_apart_and_losses_come_first():
+    crowd = [Point(f"op number {i}", 1.0 + i / 1000, 1e12, "", lost=i == 39) for i in range(40)]
+    svg = roofline("r", 2e12, [("half", 100e12)], crowd, colour=0)
+    labels = re.findall(r'x="([\d.]+)" y="([\d.]+)" text-anchor="start">(op number \d+)<', svg)
+    assert 1 <= len(labels) < 40
+    assert "op number 39" in {name for *_, name in labels}
+    boxes = [(float(x), float(y), float(x) + 6.6 * len(name)) for x, y, name in labels]
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            assert a[2] < b[0] or b[2] < a[0] or abs(a[1] - b[1]) >= 11
+    assert svg.count("<title>op number") == 41  # a hint each, and the ring's
