@@ -57,9 +57,10 @@ class FinetuneConfig(FitConfig):
     vocab_size: int | None = option(
         None,
         "tokens of a new model: above 256, byte pairs learned from the data (default 256, bytes); "
-        "of a new encoder, numbers that words are hashed to (default 8192)",
+        "of a new encoder, numbers that words and their parts are hashed to (default 8192)",
     )
     dropout: float | None = option(None, "probability")
+    token_dropout: float = option(0.0, "share of a text's tokens to leave out, of a classifier's")
 
     def check(self, world_size: int) -> None:
         """Raises ValueError where the numbers make no run."""
@@ -72,6 +73,10 @@ class FinetuneConfig(FitConfig):
             if getattr(self, name) < 0:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} must be 0 or more; got {getattr(self, name)}")
+        if not 0.0 <= self.token_dropout < 1.0:
+            raise ValueError(f"--token-dropout must be in [0, 1); got {self.token_dropout}")
+        if self.task == "lm" and self.token_dropout:
+            raise ValueError("--token-dropout must be 0 for --task lm, in which each token counts")
         if self.task == "classify" and self.lora_rank:
             raise ValueError("--lora-rank must be 0 for --task classify, which trains every weight")
         if self.lora_rank and not self.merge and self.checkpoint in PRESETS:
@@ -96,7 +101,10 @@ def finetune(config: FinetuneConfig, out: Path, *, world: World) -> Record:
         raise ValueError(f"--out {out} holds a run already; give another folder")
     torch.manual_seed(config.seed)
     job = (_answers if config.task == "lm" else _classes)(config)
-    task = RowsTask(job.train, job.held_out, job.collate, config, world, partial(job.save, out))
+    task = RowsTask(
+        job.train, job.held_out, job.collate, config, world, partial(job.save, out),
+        config.token_dropout,
+    )  # fmt: skip
     loop = Loop(prepare(job.model, config, world), config, task, world)
     run = TaskRun(out, config, {"data": {"name": config.data}}, world)
     tokens_a_row = sum(len(row.ids) for row in job.train) / len(job.train)
@@ -224,7 +232,7 @@ def _new_model(
     if not PRESETS[config.checkpoint].get("causal", True):
         if config.task == "lm":
             raise ValueError(f"--checkpoint must be causal for --task lm; got {config.checkpoint}")
-        tokenizer = HashedWords(changes.get("vocab_size", 8192))
+        tokenizer = HashedWords(changes.get("vocab_size", 8192), parts=True)
     elif changes.get("vocab_size", 256) > 256:
         tokenizer = BytePairTokenizer(learn_merges(texts(), changes["vocab_size"] - 256))
     else:

@@ -32,7 +32,11 @@ def packed(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def packed_rows(rows: Sequence[Row]) -> Batch:
-    """Rows end to end, as arguments of a model."""
+    """Rows end to end, as arguments of a model; the shortest first.
+
+    Neighbours of one length go through a CPU's attention together, and a loss knows no order.
+    """
+    rows = sorted(rows, key=lambda row: len(row.ids))
     ids, cu_seqlens = packed([row.ids for row in rows])
     targets, _ = packed([row.targets for row in rows])
     return {"ids": ids, "targets": targets, "cu_seqlens": cu_seqlens}
@@ -58,6 +62,7 @@ class RowsTask:
         world: This process takes every ``world.size``-th row of a step, from its rank on.
         save_best: Is given the model in the main process, each time that its held-out loss is the
             lowest so far.
+        token_dropout: Share of a row's tokens that training leaves out, others each time.
 
     Attributes:
         best_loss: The lowest held-out loss so far.
@@ -71,10 +76,11 @@ class RowsTask:
         config: FitConfig,
         world: World,
         save_best: Callable[[nn.Module], None],
+        token_dropout: float = 0.0,
     ):
         self.train, self.held_out, self.collate = train, held_out, collate
         self.config, self.world, self.save_best = config, world, save_best
-        self.best_loss = float("inf")
+        self.token_dropout, self.best_loss = token_dropout, float("inf")
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Rows drawn without replacement: a pure function of (seed, step, rank)."""
@@ -86,7 +92,15 @@ class RowsTask:
             chosen[now] = permuted(index[now] % n, n, config.seed * 1_000_003 + int(epoch))
         mine, micro = chosen[self.world.rank :: self.world.size], config.micro(self.world.size)
         for i in range(0, len(mine), micro):
-            yield self.collate([self.train[j] for j in mine[i : i + micro]])
+            yield self.collate([self.thinned(self.train[j]) for j in mine[i : i + micro]])
+
+    def thinned(self, row: Row) -> Row:
+        """A row without some of its tokens, by PyTorch's generator, which each step seeds."""
+        if not self.token_dropout:
+            return row
+        kept = (torch.rand(len(row.ids)) >= self.token_dropout).tolist()
+        ids = [token for token, keep in zip(row.ids, kept, strict=True) if keep]
+        return Row(ids or row.ids, row.targets)
 
     def count(self, batch: Batch) -> int:
         """Targets that count."""
