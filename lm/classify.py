@@ -194,17 +194,26 @@ class Classifier(nn.Module):
             raise ValueError(f"{folder} must hold a classifier; it has no {_SETTINGS}")
         settings = read_json(folder / _SETTINGS)
         body = GPT.from_pretrained(folder)
-        tokenizer: Any
-        if (named := settings.get("tokenizer")) in (_WORDS, _PARTS):
-            tokenizer = HashedWords(body.config.vocab_size, parts=named == _PARTS)
-        else:
-            tokenizer = load_tokenizer(folder)
+        tokenizer = tokenizer_of(folder, body.config.vocab_size)
         model = cls(body, settings["labels"], tokenizer, settings["pooling"])
         try:
             model.score.load_state_dict(load_file(folder / _HEAD))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder / _HEAD} must hold the head; {error}") from None
         return model.eval()
+
+
+def tokenizer_of(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a folder, with a classifier in it or not.
+
+    Raises:
+        ValueError: Files that are missing or damaged.
+    """
+    if (folder / _SETTINGS).is_file():
+        named = read_json(folder / _SETTINGS).get("tokenizer")
+        if named in (_WORDS, _PARTS):
+            return HashedWords(vocab_size, parts=named == _PARTS)
+    return load_tokenizer(folder)
 
 
 # --- data ---------------------------------------------------------------------------------------
