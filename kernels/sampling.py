@@ -169,10 +169,12 @@ def _drawn(
     if _is_off(temperature, 0.0):
         return x.argmax(1)
     degrees = _rows_setting(temperature, torch.float32, logits)[:, None]
-    kept = kept_tokens(x, degrees, top_k, top_p, min_p)
     steps, seeds = _rows_setting(offset, torch.int64, logits), _seeds(seed, logits)
     scores = x + degrees * noise_of(seeds, steps, x.shape[1])
-    return scores.masked_fill(~kept, -math.inf).argmax(1)
+    if not (_is_off(top_k, 0) and _is_off(top_p, 1.0) and _is_off(min_p, 0.0)):
+        kept = kept_tokens(x, degrees, top_k, top_p, min_p)
+        scores = scores.masked_fill(~kept, -math.inf)
+    return scores.argmax(1)
 
 
 def kept_tokens(

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from .config import read_json
 from .parallel import World, inner
 
 Facts = dict[str, Any]
-_SUMS = "checksums.json"
+Saver = Callable[[Any, Path, dict[str, Tensor]], None]  # of a model, by its whole weights
+_SUMS, _PARAMETERS = "checksums.json", "parameters.safetensors"
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -43,6 +44,7 @@ def write(
     optimizer: torch.optim.Optimizer,
     facts: Facts,
     world: World,
+    save_model: Saver = hf.save,
 ) -> Path:
     """Saves a checkpoint, every process its share; gives its folder.
 
@@ -53,6 +55,7 @@ def write(
         optimizer: Its optimizer.
         facts: Plain data to keep beside them.
         world: This process.
+        save_model: Writes the model's files.
     """
     folder = run / "checkpoints" / f"{step:06d}"
     part = folder.with_name(f"{folder.name}.part")
@@ -60,14 +63,13 @@ def write(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     world.wait()
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: dict[str, Any] = get_model_state_dict(model, options=whole)  # the main process's
+    weights = whole_weights(model)
     with _alone(world) as no_dist:
         writer = HuggingFaceStorageWriter(str(part / "optimizer"), save_distributed=True)
         tensors = _tensors(_optimizer_state(model, optimizer))
         dcp.save(tensors, storage_writer=writer, no_dist=no_dist)
     if world.main:
-        hf.save(inner(model), part, weights)
+        save_model(inner(model), part, weights)
         (part / "state.json").write_text(json.dumps({"step": step, **facts}, indent=1))
         files = sorted(p for p in part.rglob("*") if p.is_file())
         sums = {p.relative_to(part).as_posix(): sha256(p) for p in files}
@@ -79,6 +81,35 @@ def write(
         sync(folder.parent)
     world.wait()
     return folder
+
+
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """The weights of a model spread over processes, which all call this; only the main one's."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=whole)
+
+
+def save_parameters(model: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
+    """Writes a model of any kind, adapters and heads included, by its own names."""
+    from safetensors.torch import save_file
+
+    own = {name: weights[name].contiguous() for name, _ in model.named_parameters()}  # tied: once
+    save_file(own, folder / _PARAMETERS)
+
+
+def load_parameters(model: nn.Module, folder: Path) -> None:
+    """Gives a model what ``save_parameters`` wrote of one like it.
+
+    Raises:
+        ValueError: It was of a model of another shape.
+    """
+    from safetensors.torch import load_file
+
+    found = load_file(folder / _PARAMETERS)
+    own = {name: p.shape for name, p in model.named_parameters()}
+    if {name: t.shape for name, t in found.items()} != own:
+        raise ValueError(f"{folder / _PARAMETERS} must hold the model of --checkpoint; it differs")
+    model.load_state_dict(found, strict=False)  # it has a tied weight under one of its names
 
 
 def publish(run: Path, folder: Path) -> None:

@@ -25,6 +25,7 @@ from .words import HashedWords, words
 
 Pooling = Literal["mean", "last"]
 _SETTINGS, _HEAD = "classifier.json", "classifier.safetensors"
+_WORDS, _PARTS = "words", "words and parts"  # tokenizers that need no file
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,11 @@ class Classifier(nn.Module):
         settings = {
             "labels": list(self.labels),
             "pooling": self.pooling,
-            "tokenizer": "words" if isinstance(self.tokenizer, HashedWords) else "folder",
+            "tokenizer": "folder",
         }
-        if settings["tokenizer"] == "folder":
+        if isinstance(self.tokenizer, HashedWords):
+            settings["tokenizer"] = _PARTS if self.tokenizer.parts else _WORDS
+        else:
             self.tokenizer.save(folder)
         (folder / _SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
@@ -191,14 +194,26 @@ class Classifier(nn.Module):
             raise ValueError(f"{folder} must hold a classifier; it has no {_SETTINGS}")
         settings = read_json(folder / _SETTINGS)
         body = GPT.from_pretrained(folder)
-        words = settings.get("tokenizer") == "words"
-        tokenizer = HashedWords(body.config.vocab_size) if words else load_tokenizer(folder)
+        tokenizer = tokenizer_of(folder, body.config.vocab_size)
         model = cls(body, settings["labels"], tokenizer, settings["pooling"])
         try:
             model.score.load_state_dict(load_file(folder / _HEAD))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder / _HEAD} must hold the head; {error}") from None
         return model.eval()
+
+
+def tokenizer_of(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a folder, with a classifier in it or not.
+
+    Raises:
+        ValueError: Files that are missing or damaged.
+    """
+    if (folder / _SETTINGS).is_file():
+        named = read_json(folder / _SETTINGS).get("tokenizer")
+        if named in (_WORDS, _PARTS):
+            return HashedWords(vocab_size, parts=named == _PARTS)
+    return load_tokenizer(folder)
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -280,14 +295,20 @@ def accuracy(wanted: Sequence[str], got: Sequence[str]) -> float:
 
 
 def bag_of_words(
-    train: Sequence[Labelled], texts: Sequence[str], features: int = 2**16, epochs: int = 10
+    train: Sequence[Labelled],
+    texts: Sequence[str],
+    features: int = 2**16,
+    epochs: int = 10,
+    *,
+    parts: bool = False,
 ) -> list[str]:
     """What a linear classifier over counts of hashed words, learned from ``train``, calls texts.
 
-    The baseline: softmax regression on the mean of one vector a word, which sees no order.
+    The baseline: softmax regression on the mean of one vector a word, and with ``parts`` a part of
+    a word, which sees no order.
     """
     labels = sorted({e.label for e in train})
-    tokenizer = HashedWords(features)
+    tokenizer = HashedWords(features, parts=parts)
     rows = [tokenizer.encode(e.text) for e in train]
     targets = torch.tensor([labels.index(e.label) for e in train])
     generator = torch.Generator().manual_seed(0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
+from .flat import flat_step
 from .graph import Graphed
 from .model import GPT
 
@@ -71,6 +72,7 @@ class Step:
         device = model.wte.weight.device
         self.model, self.sampling = model, sampling
         self.cache: KVCache | None = None
+        self.flat: Callable[[Tensor], Tensor] | None = None
         self.token = torch.zeros(len(rows), 1, dtype=torch.int64, device=device)
         self.place = torch.zeros(len(rows), dtype=torch.int64, device=device)
         seeds = [sampling.row_seed(row % n) for row in range(len(rows))]
@@ -84,8 +86,15 @@ class Step:
 
     def __call__(self) -> None:
         """Feeds the newest tokens and draws the next."""
-        hidden = self.model.hidden(self.token, cache=self.cache)
-        self.draw(self.model.lm_head(hidden[:, -1]))
+        if self.flat is not None and self.cache is not None and self.cache.even:
+            hidden = self.flat(self.token[:, 0])
+        else:
+            hidden = self.model.hidden(self.token, cache=self.cache)[:, -1]
+        self.draw(self.model.lm_head(hidden))
+
+    def behind(self, cache: KVCache) -> None:
+        """Says where the keys and values are of what the rows hold."""
+        self.cache, self.flat = cache, flat_step(self.model, cache)
 
     @property
     def memory(self) -> list[Tensor]:
@@ -158,9 +167,8 @@ class Rows:
         contexts = self.contexts(self.n)
         cache = self.new_cache(len(contexts))
         logits = self.last_logits(contexts, cache)
-        if cache is not None and self.n > 1:
-            cache = cache.fork(self.n)
-        self.step.cache = cache
+        if cache is not None:
+            self.step.behind(cache.fork(self.n) if self.n > 1 else cache)
         self.step.draw(logits.repeat_interleave(self.n, 0))
         return self.newest([[token] for token in self.step.token[:, 0].tolist()])
 

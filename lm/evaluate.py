@@ -105,6 +105,7 @@ def score_classes(
     found = {
         "the model": accuracy(wanted, got),
         "linear, bag of words": accuracy(wanted, bag_of_words(train, texts)),
+        "linear, words and parts": accuracy(wanted, bag_of_words(train, texts, parts=True)),
         "most common class": accuracy(wanted, [common] * len(wanted)),
     }
     matrix = confusion(wanted, got, model.labels)
@@ -116,7 +117,7 @@ def score_classes(
         print(f"{label:{wide}s}  {numbers}  {s.count:5d}")
     print(f"accuracy of {len(held_out)} held-out texts")
     for name, share in found.items():
-        print(f"{name:20s} {100 * share:6.1f} %")
+        print(f"{name:23s} {100 * share:6.1f} %")
     (folder / _PICTURE).write_text(confusion_chart(matrix, model.labels), encoding="utf-8")
     classes = {label: vars(score) for label, score in scores.items()}
     _write(folder, {"texts": len(held_out), "accuracy": found, "classes": classes})

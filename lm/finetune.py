@@ -6,25 +6,26 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
+from . import checkpoint
+from .atomic import sha256
 from .byte_pairs import BytePairTokenizer, learn_merges
 from .chat import Example, pieces, read_examples, tokens
-from .classify import Classifier, Labelled, read_labelled
-from .config import PRESETS, GPTConfig
+from .classify import Classifier, Labelled, read_labelled, tokenizer_of
+from .config import PRESETS, GPTConfig, read_json
 from .evaluate import load_answers, score_answers, score_classes
-from .fit import Batch, FitConfig, Loop, fit, prepare
+from .fit import Batch, FitConfig, Loop, fit, prepare, settings
 from .lora import TARGETS, adapters, apply_lora, merge_lora, save_lora
 from .model import GPT
-from .options import add_options, from_fields, given, option
+from .options import add_options, given, option
 from .parallel import World, world
 from .rows import Row, RowsTask, packed_rows, padded_rows
 from .run import Record, Run, draw
-from .tokenizer import ByteTokenizer, load_tokenizer
+from .tokenizer import ByteTokenizer
 from .words import HashedWords
 
 _SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "block_size", "vocab_size")
@@ -57,9 +58,10 @@ class FinetuneConfig(FitConfig):
     vocab_size: int | None = option(
         None,
         "tokens of a new model: above 256, byte pairs learned from the data (default 256, bytes); "
-        "of a new encoder, numbers that words are hashed to (default 8192)",
+        "of a new encoder, numbers that words and their parts are hashed to (default 8192)",
     )
     dropout: float | None = option(None, "probability")
+    token_dropout: float = option(0.0, "most of a text's tokens to leave out, of a classifier's")
 
     def check(self, world_size: int) -> None:
         """Raises ValueError where the numbers make no run."""
@@ -72,33 +74,58 @@ class FinetuneConfig(FitConfig):
             if getattr(self, name) < 0:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} must be 0 or more; got {getattr(self, name)}")
-        if self.task == "classify" and self.lora_rank:
-            raise ValueError("--lora-rank must be 0 for --task classify, which trains every weight")
+        if not 0.0 <= self.token_dropout < 1.0:
+            raise ValueError(f"--token-dropout must be in [0, 1); got {self.token_dropout}")
+        if self.task == "lm" and self.token_dropout:
+            raise ValueError("--token-dropout must be 0 for --task lm, in which each token counts")
+        if self.task == "classify" and not self.merge:
+            raise ValueError("--no-merge must not be given for --task classify, whose head is new")
         if self.lora_rank and not self.merge and self.checkpoint in PRESETS:
             raise ValueError(
                 "--checkpoint must be a folder with --no-merge; adapters need it later"
             )
-        if self.parallel != "ddp":
-            raise ValueError(f"--parallel must be ddp to fine-tune; got {self.parallel}")
+        if self.parallel == "context":
+            raise ValueError("--parallel must be ddp or fsdp to fine-tune; got context")
 
 
-def finetune(config: FinetuneConfig, out: Path, *, world: World) -> Record:
+def finetune(config: FinetuneConfig, out: Path, *, world: World, resume: bool = False) -> Record:
     """Fine-tunes a model; its last figures, ``best_val_loss`` among them.
 
     ``out`` gets the weights of the lowest held-out loss, whenever there is a lower one.
+
+    Args:
+        config: Settings.
+        out: The folder.
+        world: This process among the others.
+        resume: Go on from the newest checkpoint in ``out``.
 
     Raises:
         ValueError: Settings, data or a folder that make no run.
         ArithmeticError: A loss was not finite.
     """
     config.check(world.size)
-    if (out / "run.json").exists():
-        raise ValueError(f"--out {out} holds a run already; give another folder")
+    if (out / "run.json").exists() and not resume:
+        raise ValueError(
+            f"--out {out} holds a run already; --resume goes on with it, or give another folder"
+        )
     torch.manual_seed(config.seed)
     job = (_answers if config.task == "lm" else _classes)(config)
-    task = RowsTask(job.train, job.held_out, job.collate, config, world, partial(job.save, out))
-    loop = Loop(prepare(job.model, config, world), config, task, world)
-    run = TaskRun(out, config, {"data": {"name": config.data}}, world)
+    digest = sha256(Path(config.data))
+    if resume:
+        folder, facts = checkpoint.newest(out)
+        if read_json(out / "run.json")["data"]["digest"] != digest:
+            raise ValueError(f"--data {config.data} must be what the run began with; it changed")
+        checkpoint.load_parameters(job.model, folder)
+    task = RowsTask(
+        job.train, job.held_out, job.collate, config, world, _saver(job, config, out, world),
+        config.token_dropout,
+    )  # fmt: skip
+    model = prepare(job.model, config, world)
+    loop = Loop(model, config, task, world, checkpoint.save_parameters)
+    run = TaskRun(out, config, {"data": {"name": config.data, "digest": digest}}, world)
+    if resume:
+        loop.restore(folder, facts)
+        run.forget_after(loop.step)
     tokens_a_row = sum(len(row.ids) for row in job.train) / len(job.train)
     if world.main:
         trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
@@ -115,13 +142,34 @@ def finetune(config: FinetuneConfig, out: Path, *, world: World) -> Record:
     return {**last, "best_val_loss": task.best_loss}
 
 
+def _saver(
+    job: "Job", config: FinetuneConfig, out: Path, world: World
+) -> Callable[[torch.nn.Module], None]:
+    """What writes the best weights, from every process's share of them."""
+    shared = config.parallel == "fsdp" and world.size > 1
+    plain = copy.deepcopy(job.model) if shared else job.model
+
+    def save(model: torch.nn.Module) -> None:
+        if shared:
+            weights = checkpoint.whole_weights(model)
+            if world.main:
+                plain.load_state_dict(weights)
+        if world.main:
+            job.save(out, plain)
+
+    return save
+
+
 class TaskRun(Run):
-    """The folder of a run that saves its best weights when it finds them, and has no other."""
+    """The folder of a run that has its best weights at the top, not its newest."""
 
     def save(self, loop: Loop) -> None:
-        """Draws the picture."""
+        """Writes a checkpoint, and draws the picture."""
+        loop.save(self.folder)
         if self.world.main:
+            checkpoint.remove_old(self.folder, self.config.keep)
             draw(self.folder)
+        self.world.wait()
 
 
 @dataclass(frozen=True)
@@ -143,8 +191,7 @@ def _answers(config: FinetuneConfig) -> Job:
         config, lambda: (text for e in train for text, _ in pieces(e.messages))
     )
     if config.lora_rank:
-        targets = config.lora_targets.split(",")
-        apply_lora(model, config.lora_rank, config.lora_alpha, targets, config.lora_dropout)
+        _adapt(model, config)
 
     def row(example: Example) -> Row:
         return Row(*tokens(example, tokenizer, model.config.block_size))
@@ -171,6 +218,8 @@ def _classes(config: FinetuneConfig) -> Job:
     examples = read_labelled(config.data)
     train, held_out = split(examples, config)
     body, tokenizer = base_model(config, lambda: (e.text for e in train))
+    if config.lora_rank:
+        _adapt(body, config)
     model = Classifier(body, sorted({e.label for e in examples}), tokenizer, config.pooling)
     number = {label: i for i, label in enumerate(model.labels)}
 
@@ -178,12 +227,22 @@ def _classes(config: FinetuneConfig) -> Job:
         return Row(model.tokens(example.text), [number[example.label]])
 
     def save(folder: Path, trained: Classifier) -> None:
-        trained.save_pretrained(folder)
+        plain = trained
+        if adapters(trained):
+            plain = copy.deepcopy(trained)
+            merge_lora(plain.body)
+        plain.save_pretrained(folder)
 
     def score(folder: Path) -> None:
         score_classes(Classifier.load(folder), train, held_out, folder)
 
     return Job(model, [*map(row, train)], [*map(row, held_out)], packed_rows, save, score)
+
+
+def _adapt(model: GPT, config: FinetuneConfig) -> None:
+    """Gives a model the adapters of the settings."""
+    targets = config.lora_targets.split(",")
+    apply_lora(model, config.lora_rank, config.lora_alpha, targets, config.lora_dropout)
 
 
 def base_model(config: FinetuneConfig, texts: Callable[[], Iterable[str]]) -> tuple[GPT, Any]:
@@ -213,7 +272,7 @@ def base_model(config: FinetuneConfig, texts: Callable[[], Iterable[str]]) -> tu
         wetter = GPT(dataclasses.replace(model.config, dropout=config.dropout), config.ops)
         wetter.load_state_dict(model.state_dict())
         model = wetter
-    return model, load_tokenizer(folder)
+    return model, tokenizer_of(folder, model.config.vocab_size)
 
 
 def _new_model(
@@ -224,7 +283,7 @@ def _new_model(
     if not PRESETS[config.checkpoint].get("causal", True):
         if config.task == "lm":
             raise ValueError(f"--checkpoint must be causal for --task lm; got {config.checkpoint}")
-        tokenizer = HashedWords(changes.get("vocab_size", 8192))
+        tokenizer = HashedWords(changes.get("vocab_size", 8192), parts=True)
     elif changes.get("vocab_size", 256) > 256:
         tokenizer = BytePairTokenizer(learn_merges(texts(), changes["vocab_size"] - 256))
     else:
@@ -263,14 +322,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/finetune"), help="the folder (runs/finetune)"
     )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     add_options(parser, FinetuneConfig)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``fastlm finetune`` and gives its exit code."""
-    config = from_fields(FinetuneConfig, given(args, FinetuneConfig))
+    config = settings(FinetuneConfig, args.out, given(args, FinetuneConfig), args.resume)
     with world(config.device) as here:
-        finetune(config, args.out, world=here)
+        finetune(config, args.out, world=here, resume=args.resume)
         if here.main:
             print(f"wrote {args.out}")
     return 0

@@ -1,12 +1,13 @@
 """The training loop, one for pre-training and fine-tuning."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from fastlm import kernels
 
-from . import checkpoint
+from . import checkpoint, hf
+from .config import read_json
 from .model import GPT
-from .options import option
+from .options import from_fields, option
 from .parallel import World, gradients_wait, inner, spread
 from .run import Progress, Record, Run
 
@@ -83,6 +85,32 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+# What may change when a run goes on: nothing that the mathematics of its steps depends on, but
+# their number.
+_MAY_CHANGE = {
+    "steps", "micro_batch_size", "device", "parallel", "compile", "checkpoint_activations", "ops",
+    "save_every", "keep", "eval_every", "log_every", "tensorboard", "score",
+}  # fmt: skip
+Config = TypeVar("Config", bound=FitConfig)
+
+
+def settings(kind: type[Config], out: Path, flags: dict[str, Any], resume: bool) -> Config:
+    """A run's settings: the flags, over those of the run in ``out`` if that goes on.
+
+    Raises:
+        ValueError: A flag that a run may not change on the way.
+    """
+    if not resume:
+        return from_fields(kind, flags)
+    before = from_fields(kind, read_json(out / "run.json").get("settings", {}))
+    for name, value in flags.items():
+        if name not in _MAY_CHANGE and value != getattr(before, name):
+            raise ValueError(
+                f"{_flag(name)} must stay {getattr(before, name)} when a run goes on; got {value}"
+            )
+    return dataclasses.replace(before, **flags)
+
+
 class Task(Protocol):
     """What the loop trains on."""
 
@@ -97,6 +125,12 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Figures of held-out data, ``val_loss`` among them."""
+
+    def state(self) -> checkpoint.Facts:
+        """Plain data that a checkpoint keeps."""
+
+    def restore(self, state: checkpoint.Facts) -> None:
+        """Takes it back."""
 
 
 def learning_rate(step: int, config: FitConfig) -> float:
@@ -148,9 +182,18 @@ class Loop:
         config: Settings.
         task: What it learns.
         world: This process.
+        save_model: Writes the model's files into a checkpoint.
     """
 
-    def __init__(self, model: nn.Module, config: FitConfig, task: Task, world: World):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: FitConfig,
+        task: Task,
+        world: World,
+        save_model: checkpoint.Saver = hf.save,
+    ):
+        self.save_model = save_model
         self.model, self.config, self.task, self.world = model, config, task, world
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
@@ -224,13 +267,16 @@ class Loop:
 
     def save(self, folder: Path) -> Path:
         """Writes a checkpoint into a run folder; gives the checkpoint's."""
-        facts = {"scaler": self.scaler.state_dict()}
-        return checkpoint.write(folder, self.step, self.model, self.optimizer, facts, self.world)
+        facts = {"scaler": self.scaler.state_dict(), "task": self.task.state()}
+        return checkpoint.write(
+            folder, self.step, self.model, self.optimizer, facts, self.world, self.save_model
+        )
 
     def restore(self, folder: Path, facts: checkpoint.Facts) -> None:
         """Goes on from a checkpoint; the model has its weights already."""
         checkpoint.read_optimizer(folder, self.model, self.optimizer, self.world)
         self.scaler.load_state_dict(facts["scaler"])
+        self.task.restore(facts["task"])
         self.step = facts["step"]
 
 

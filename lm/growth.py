@@ -118,7 +118,8 @@ class Growth:
     def __iter__(self) -> Iterator[list[list[int]]]:
         """Steps until all rows have ended. The model is in evaluation mode meanwhile."""
         was_training = self.model.training
-        self.model.eval()
+        if any(module.training for module in self.model.modules()):
+            self.model.eval()  # which to say again costs as much as a token
         try:
             lookups = [Lookup(row) for row in self.grown.tokens] if self.request.speculative else []
             drawn = self.grown.first()
@@ -131,7 +132,8 @@ class Growth:
                 drafts = [lookup.draft(self.request.speculative) for lookup in lookups]
                 drawn = self.grown.next(drafts)
         finally:
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
 
     def taken(self, row: int, tokens: list[int]) -> list[int]:
         """Those of a row's new tokens that come before its end."""

@@ -6,7 +6,7 @@ tokens 712 and 722 ms). An encoder, in which every token sees all, takes them pa
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .chat import IGNORED
 from .data import permuted
 from .fit import Batch, FitConfig
-from .parallel import World, inner
+from .parallel import World
 
 
 class Row(NamedTuple):
@@ -32,7 +32,11 @@ def packed(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def packed_rows(rows: Sequence[Row]) -> Batch:
-    """Rows end to end, as arguments of a model."""
+    """Rows end to end, as arguments of a model; the shortest first.
+
+    Neighbours of one length go through a CPU's attention together, and a loss knows no order.
+    """
+    rows = sorted(rows, key=lambda row: len(row.ids))
     ids, cu_seqlens = packed([row.ids for row in rows])
     targets, _ = packed([row.targets for row in rows])
     return {"ids": ids, "targets": targets, "cu_seqlens": cu_seqlens}
@@ -56,8 +60,10 @@ class RowsTask:
         collate: ``padded_rows`` or ``packed_rows``.
         config: The run's settings.
         world: This process takes every ``world.size``-th row of a step, from its rank on.
-        save_best: Is given the model in the main process, each time that its held-out loss is the
+        save_best: Is given the model, in every process, each time that its held-out loss is the
             lowest so far.
+        token_dropout: Training leaves out a share of a row's tokens, drawn each time between 0 and
+            this, so that rows still come in full length and every position learns.
 
     Attributes:
         best_loss: The lowest held-out loss so far.
@@ -71,10 +77,11 @@ class RowsTask:
         config: FitConfig,
         world: World,
         save_best: Callable[[nn.Module], None],
+        token_dropout: float = 0.0,
     ):
         self.train, self.held_out, self.collate = train, held_out, collate
         self.config, self.world, self.save_best = config, world, save_best
-        self.best_loss = float("inf")
+        self.token_dropout, self.best_loss = token_dropout, float("inf")
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Rows drawn without replacement: a pure function of (seed, step, rank)."""
@@ -86,7 +93,16 @@ class RowsTask:
             chosen[now] = permuted(index[now] % n, n, config.seed * 1_000_003 + int(epoch))
         mine, micro = chosen[self.world.rank :: self.world.size], config.micro(self.world.size)
         for i in range(0, len(mine), micro):
-            yield self.collate([self.train[j] for j in mine[i : i + micro]])
+            yield self.collate([self.thinned(self.train[j]) for j in mine[i : i + micro]])
+
+    def thinned(self, row: Row) -> Row:
+        """A row without some of its tokens, by PyTorch's generator, which each step seeds."""
+        if not self.token_dropout:
+            return row
+        share = self.token_dropout * torch.rand(())
+        kept = (torch.rand(len(row.ids)) >= share).tolist()
+        ids = [token for token, keep in zip(row.ids, kept, strict=True) if keep]
+        return Row(ids or row.ids, row.targets)
 
     def count(self, batch: Batch) -> int:
         """Targets that count."""
@@ -100,14 +116,24 @@ class RowsTask:
         """Cross entropy of the held-out rows; saves the model where it is the lowest so far."""
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         mine = self.held_out[self.world.rank :: self.world.size]
-        for i in range(0, len(mine), 32):
-            batch = self.collate(mine[i : i + 32])
-            total[1] += self.count(batch)
+        for i in range(0, -(-len(self.held_out) // self.world.size), 32):
+            rows = mine[i : i + 32]
+            batch = self.collate(rows or self.held_out[:1])  # a shared model wants all processes
             moved = {name: t.to(total.device) for name, t in batch.items()}
-            total[0] += self.loss(model, moved).double()
-        loss, count = self.world.total(total).tolist()
-        if loss / count < self.best_loss:
-            self.best_loss = loss / count
-            if self.world.main:
-                self.save_best(inner(model))
-        return {"val_loss": loss / count}
+            loss = self.loss(model, moved).double()
+            if rows:
+                total += torch.stack((loss, loss.new_tensor(self.count(batch))))
+        loss_sum, count = self.world.total(total).tolist()
+        mean = loss_sum / count
+        if mean < self.best_loss:
+            self.best_loss = mean
+            self.save_best(model)
+        return {"val_loss": mean}
+
+    def state(self) -> dict[str, Any]:
+        """The lowest loss: what has been saved as the best stays so."""
+        return {"best_loss": self.best_loss}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes it back."""
+        self.best_loss = state["best_loss"]

@@ -1,7 +1,6 @@
 """Pre-training on text: ``fastlm train``."""
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from . import checkpoint, data
 from .config import PRESETS, GPTConfig, read_json
-from .fit import Batch, FitConfig, Loop, fit, prepare
+from .fit import Batch, FitConfig, Loop, fit, prepare, settings
 from .model import GPT
-from .options import add_options, from_fields, given, option
+from .options import add_options, given, option
 from .parallel import World, world
 from .run import Record, Run
 from .tokenizer import ByteTokenizer, load_tokenizer
@@ -99,6 +98,13 @@ class TextTask:
             "bits_per_byte": loss / math.log(2) / self.corpus.bytes_per_token,
         }
 
+    def state(self) -> checkpoint.Facts:
+        """Nothing: its batches are a function of the step."""
+        return {}
+
+    def restore(self, state: checkpoint.Facts) -> None:
+        """Nothing to take back."""
+
 
 def train(config: TrainConfig, out: Path, *, world: World, resume: bool = False) -> Record:
     """Pre-trains a model; its last figures.
@@ -151,13 +157,6 @@ def train(config: TrainConfig, out: Path, *, world: World, resume: bool = False)
 
 # --- command line -------------------------------------------------------------------------------
 
-# What may change when a run goes on: nothing that the mathematics of its steps depends on, but
-# their number.
-_MAY_CHANGE = {
-    "steps", "micro_batch_size", "device", "parallel", "compile", "checkpoint_activations", "ops",
-    "save_every", "keep", "eval_every", "log_every", "tensorboard",
-}  # fmt: skip
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments of ``fastlm train``."""
@@ -170,28 +169,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``fastlm train`` and gives its exit code."""
-    config = settings(args.out, given(args, TrainConfig), args.resume)
+    config = settings(TrainConfig, args.out, given(args, TrainConfig), args.resume)
     with world(config.device) as here:
         train(config, args.out, world=here, resume=args.resume)
         if here.main:
             prompt = f'fastlm generate --checkpoint {args.out} --prompt "def "'
             print(f"wrote {args.out}; try: {prompt}")
     return 0
-
-
-def settings(out: Path, flags: dict[str, object], resume: bool) -> TrainConfig:
-    """A run's settings: the flags, over those of the run that goes on.
-
-    Raises:
-        ValueError: A flag that a run may not change on the way.
-    """
-    if not resume:
-        return from_fields(TrainConfig, flags)
-    before = from_fields(TrainConfig, read_json(out / "run.json").get("settings", {}))
-    for name, value in flags.items():
-        if name not in _MAY_CHANGE and value != getattr(before, name):
-            raise ValueError(
-                f"--{name.replace('_', '-')} must stay {getattr(before, name)} when a run goes on; "
-                f"got {value}"
-            )
-    return dataclasses.replace(before, **flags)  # type: ignore[arg-type]

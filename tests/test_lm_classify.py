@@ -11,8 +11,11 @@ from fastlm.__main__ import main
 from fastlm.lm import GPT, GPTConfig, classify, packages
 from fastlm.lm.classify import Classifier, HashedWords, Labelled
 from fastlm.lm.confusion import confusion_chart
-from fastlm.lm.rows import packed
+from fastlm.lm.finetune import FinetuneConfig
+from fastlm.lm.parallel import World
+from fastlm.lm.rows import Row, RowsTask, packed, packed_rows
 from fastlm.lm.tokenizer import ByteTokenizer
+from fastlm.lm.words import parts
 
 SHAPE = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16}
 TEXTS = ["def f ( x )", "yield", "class A : pass , or so it seems"]
@@ -62,7 +65,9 @@ def test_predictions_are_probabilities():
         model.predict([" "])
 
 
-@pytest.mark.parametrize("tokenizer", [HashedWords(64), ByteTokenizer()])
+@pytest.mark.parametrize(
+    "tokenizer", [HashedWords(64), HashedWords(64, parts=True), ByteTokenizer()]
+)
 def test_it_comes_back_from_its_folder(tmp_path, tokenizer):
     torch.manual_seed(1)
     config = GPTConfig(
@@ -87,6 +92,33 @@ def test_hashed_words():
         words.encode(w)[0] for w in ("a", ".", "b", "(", "c", ")", "a")
     ]
     assert all(0 <= token < 5 for token in HashedWords(5).encode("many different words here"))
+
+
+def test_parts_of_words():
+    assert parts("getFile_2") == ["get", "file", "2"]
+    assert parts("HTTPServer") == ["http", "server"]
+    assert [parts(word) for word in ("get", "Get", "GET", "12", "(", "\u00e9")] == [[]] * 6
+    words = HashedWords(2**30, parts=True)
+    assert words.encode("x getFile")[:2] == HashedWords(2**30).encode("x getFile")
+    assert words.encode("getFile file_get")[1:3] == words.encode("file_get getFile")[2:0:-1]
+    assert len({*words.encode("getFile"), *words.encode("get file")}) == 5  # parts are no words
+
+
+def test_tokens_left_out_are_a_function_of_the_seed():
+    config = FinetuneConfig(batch_size=4, token_dropout=0.5, task="classify")
+    row = Row(list(range(40)), [1])
+    task = RowsTask([row], [row], packed_rows, config, World(torch.device("cpu")), None, 0.5)
+
+    def thinned(seed: int) -> Row:
+        torch.manual_seed(seed)
+        return task.thinned(row)
+
+    assert thinned(1) == thinned(1) != thinned(2)
+    lengths = [len(thinned(seed).ids) for seed in range(40)]
+    assert min(lengths) < 25
+    assert max(lengths) > 37
+    assert list(thinned(1).ids) == sorted(thinned(1).ids)
+    assert all(task.thinned(Row([7], [0])).ids == [7] for _ in range(40))  # never nothing
 
 
 def test_scores_of_classes():
@@ -188,6 +220,7 @@ def test_a_causal_model_classifies_by_its_last_token(file, tmp_path):
     shape = {"vocab_size": 256, "block_size": 40, "n_layer": 1, "n_head": 2, "n_embd": 32}
     GPT(GPTConfig(**shape)).save_pretrained(tmp_path / "base")
     flags = ["--task", "classify", "--steps", "2", "--batch-size", "16", "--device", "cpu"]
+    flags += ["--token-dropout", "0.3"]
     line = ["finetune", "--data", str(file), "--out", str(tmp_path / "run")]
     assert main([*line, "--checkpoint", str(tmp_path / "base"), *flags]) == 0
     model = Classifier.load(tmp_path / "run")
@@ -223,5 +256,20 @@ def test_wrong_settings(file, tmp_path, capsys):
     with pytest.raises(ValueError, match="labels must be two or more, all different"):
         Classifier(GPT(GPTConfig(**SHAPE)), ["a", "a"], HashedWords(64))
     line = ["finetune", "--data", str(file), "--out", str(tmp_path / "run"), *TINY]
-    assert main([*line, "--checkpoint", "encoder-base", "--lora-rank", "2"]) == 2
-    assert "--lora-rank must be 0 for --task classify" in capsys.readouterr().err
+    assert main([*line, "--checkpoint", "encoder-base", "--token-dropout", "1"]) == 2
+    assert "--token-dropout must be in [0, 1); got 1.0" in capsys.readouterr().err
+    assert main([*line, "--task", "lm", "--token-dropout", "0.1"]) == 2
+    assert "--token-dropout must be 0 for --task lm" in capsys.readouterr().err
+    assert main([*line, "--checkpoint", "encoder-base", "--no-merge"]) == 2
+    assert "--no-merge must not be given for --task classify" in capsys.readouterr().err
+
+
+def test_adapters_of_a_classifier(tuned, file, tmp_path):
+    """They and the head learn; the folder has them in the weights."""
+    flags = ["--task", "classify", "--steps", "4", "--batch-size", "16", "--device", "cpu"]
+    line = ["finetune", "--data", str(file), "--out", str(tmp_path), "--checkpoint", str(tuned)]
+    base = Classifier.load(tuned).body.state_dict()
+    assert main([*line, *flags, "--lora-rank", "2", "--lora-targets", "c_fc", "--lr", "0.05"]) == 0
+    found = Classifier.load(tmp_path).body.state_dict()
+    changed = {name for name in base if not torch.equal(base[name], found[name])}
+    assert changed == {"h.0.mlp.c_fc.weight"}

@@ -5,12 +5,14 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fastlm.__main__ import main
 from fastlm.lm import GPT, GPTConfig, chat, scenarios, scores, stories, translation
 from fastlm.lm.byte_pairs import BytePairTokenizer, learn_merges
 from fastlm.lm.evaluate import answerer, load_answers
 from fastlm.lm.finetune import FinetuneConfig, finetune
+from fastlm.lm.fit import Loop
 from fastlm.lm.lora import (
     adapters,
     apply_lora,
@@ -440,6 +442,48 @@ def test_adapters_of_a_checkpoint_learn_another_task(tuned, tmp_path, merge):
     assert (tuned / "model.safetensors").read_bytes() == before
     assert (out / "model.safetensors").exists() == merge
     assert (out / "adapter.safetensors").exists() != merge
+
+
+@pytest.mark.parametrize("task", ["lm", "classify"])
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(task, tmp_path, monkeypatch):
+    """Adapters, dropout and the best loss too; what the disk holds is what a kill leaves."""
+    file = tmp_path / "lines.jsonl"
+    one, two = ("prompt", "answer") if task == "lm" else ("text", "label")
+    file.write_text(
+        "".join(json.dumps({one: f"{a} {a}", two: b}) + "\n" for a, b in ANSWERS.items())
+    )
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16}
+    special = {"token_dropout": 0.5, "lora_rank": 2, "vocab_size": 64, "checkpoint": "encoder-base"}
+    config = FinetuneConfig(
+        data=str(file), task=task, steps=6, batch_size=4, save_every=2, eval_every=1, dropout=0.1,
+        score=0, lr=0.02, warmup=1, device="cpu", **shape,
+        **(special if task == "classify" else {}),
+    )  # fmt: skip
+    finetune(config, tmp_path / "whole", world=HERE)
+
+    step = Loop.take_step
+    monkeypatch.setattr(Loop, "take_step", lambda self: step(self) if self.step < 5 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune(config, tmp_path / "cut", world=HERE)
+    monkeypatch.undo()
+    torch.manual_seed(99)
+    assert main(["finetune", "--out", str(tmp_path / "cut"), "--resume"]) == 0
+
+    def figures(folder):
+        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        return [{k: r.get(k) for k in ("step", "loss", "val_loss")} for r in map(json.loads, lines)]
+
+    assert figures("cut") == figures("whole")
+    saved = sorted(
+        p.relative_to(tmp_path / "cut") for p in (tmp_path / "cut").rglob("*.safetensors")
+    )
+    assert len(saved) == {"lm": 1, "classify": 2}[task] + 2 * 2  # and two checkpoints
+    for path in saved:
+        cut, whole = (load_file(tmp_path / name / path) for name in ("cut", "whole"))
+        assert all(torch.equal(cut[name], whole[name]) for name in whole.keys() | cut.keys())
+    assert main(["finetune", "--out", str(tmp_path / "cut"), "--resume", "--lr", "1"]) == 2
+    file.write_text(file.read_text() * 2)
+    assert main(["finetune", "--out", str(tmp_path / "cut"), "--resume"]) == 2
 
 
 def test_words_of_a_task_become_tokens(tmp_path):

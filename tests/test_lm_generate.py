@@ -1,5 +1,6 @@
 """Generation: cached, ragged, forked, drafted, slid and stopped; always the same text."""
 
+import copy
 import functools
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from fastlm.kernels import OPS
 from fastlm.kernels._interpreter import interpreted
 from fastlm.lm import GPT, GPTConfig, KVCache
 from fastlm.lm.decode import Sampling, Step, agreed
+from fastlm.lm.flat import flat_step
 from fastlm.lm.growth import as_prompts
 from fastlm.lm.lookup import Lookup
+from fastlm.lm.lora import apply_lora
 from fastlm.lm.stops import StopText
 from fastlm.lm.tokenizer import ByteTokenizer
 
@@ -72,6 +75,40 @@ def test_kernels_generate_the_same():
     with interpreted():
         rows = texts(model.generate(PROMPTS, 3, temperature=0))
     assert rows == texts(model.generate(PROMPTS, 3, temperature=0))
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_the_flat_step_is_the_model(style, dtype):
+    """To the bit, past the window too, and in what it leaves in the cache."""
+    model = copy.deepcopy(model_of(style)).to(dtype)
+    cache = KVCache(model.config, 2, 24, dtype=dtype)
+    model.hidden(torch.tensor([[1, 2, 3], [4, 5, 6]]), cache=cache)
+    twin = copy.deepcopy(cache)
+    step = flat_step(model, cache)
+    for token in range(12):
+        ids = torch.tensor([token, 2 * token])
+        assert torch.equal(step(ids), model.hidden(ids[:, None], cache=twin)[:, 0])
+    assert cache.lengths.tolist() == twin.lengths.tolist() == [15, 15]
+    assert all(map(torch.equal, cache.k + cache.v, twin.k + twin.v))
+
+
+def test_the_flat_step_leaves_to_the_model_what_it_does_not_know():
+    model = copy.deepcopy(model_of())
+    cache = KVCache(model.config, 1, 24)
+    assert flat_step(model, cache) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flat_step(model, cache) is None
+    with interpreted():
+        assert flat_step(model, cache) is None
+    assert flat_step(GPT(model.config, ops={"gelu": "eager"}), cache) is None
+    hook = model.h[1].mlp.register_forward_hook(lambda *_: None)
+    assert flat_step(model, cache) is None
+    hook.remove()
+    model.h[0].ln_1.double()
+    assert flat_step(model, cache) is None
+    assert flat_step(apply_lora(model.float(), 2, targets=["c_fc"]), cache) is None
 
 
 @pytest.mark.parametrize("style", STYLES)

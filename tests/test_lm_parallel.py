@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("lm_process.py")
 RUNS = ("ddp:4", "context:4", "fsdp:2", "resume-fsdp:4")
+TUNED = ("lm-ddp:2", "lm-fsdp:1", "resume-lm-fsdp:2", "classify-fsdp:2")
 
 
 def free_port() -> int:
@@ -45,8 +48,12 @@ def outcomes(tmp_path_factory):
     words = random.Random(0).choices(["alpha", "beta", "gamma", "delta"], k=700)
     (root / "text.txt").write_text(" ".join(words))
     port = free_port()
-    one = start(root / "text.txt", root / "one", ["ddp:4"])
-    two = [start(root / "text.txt", root / "two", RUNS, rank, port) for rank in range(2)]
+    for task, (one, two) in {"lm": ("prompt", "answer"), "classify": ("text", "label")}.items():
+        lines = ({one: " ".join(words[n : n + 3]), two: words[n + 3]} for n in range(0, 60, 4))
+        (root / f"{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    alone = ["ddp:4", "lm-ddp:2", "classify-ddp:2"]
+    one = start(root / "text.txt", root / "one", alone)
+    two = [start(root / "text.txt", root / "two", RUNS + TUNED, rank, port) for rank in range(2)]
     try:
         assert [process.wait(timeout=240) for process in (one, *two)] == [0, 0, 0]
     finally:
@@ -62,6 +69,20 @@ def test_two_processes_equal_one(outcomes, parallel):
     for step, figures in want.items():
         for name, value in figures.items():
             assert got[step][name] == pytest.approx(value, rel=2e-5), (step, name)
+
+
+@pytest.mark.parametrize("run", ["lm-ddp", "lm-fsdp", "classify-fsdp"])
+def test_two_processes_fine_tune_like_one(outcomes, run):
+    """Figures of each step, and the best weights; with adapters, and from a checkpoint half-way."""
+    alone = outcomes / "one" / f"{run.partition('-')[0]}-ddp"
+    want, got = records(alone), records(outcomes / "two" / run)
+    assert sorted(want) == sorted(got) == [1, 2]
+    for step, figures in want.items():
+        for name, value in figures.items():
+            assert got[step][name] == pytest.approx(value, rel=2e-5), (step, name)
+    weights = load_file(outcomes / "two" / run / "model.safetensors")
+    for name, tensor in load_file(alone / "model.safetensors").items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-4)
 
 
 def test_one_process_goes_on_with_the_run_of_two(outcomes):

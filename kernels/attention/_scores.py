@@ -290,7 +290,7 @@ def dropout_mask(seed: Tensor, dropout_p: float, head: Tensor, i: Tensor, j: Ten
 
     ``head`` is b H + h; it, i and j are int64 and broadcast to the mask's shape.
     """
-    c = list(torch.broadcast_tensors(j, i, head, torch.zeros_like(j)))
+    c = [j, i, head, torch.zeros_like(j)]  # two rounds of seven are done before they have met
     key = [seed & _MASK, (seed >> 32) & _MASK]
     for _ in range(ROUNDS.value):
         low_a, high_a = _product(c[0], 0xD2511F53)
@@ -303,8 +303,6 @@ def dropout_mask(seed: Tensor, dropout_p: float, head: Tensor, i: Tensor, j: Ten
 
 
 def _product(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """Low and high 32 bits of a 32 by 32 bit product, by halves that int64 holds."""
-    low, high = x & 0xFFFF, x >> 16
-    bottom, top = low * constant, high * constant
-    middle = (bottom >> 16) + (top & 0xFFFF)
-    return ((middle << 16) | (bottom & 0xFFFF)) & _MASK, ((middle >> 16) + (top >> 16)) & _MASK
+    """Low and high 32 bits of a 32 by 32 bit product: int64 wraps, and its bits are still right."""
+    product = x * constant
+    return product & _MASK, (product >> 32) & _MASK

@@ -1,6 +1,7 @@
 """Attention in plain PyTorch, scores and all: what the kernels must equal."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -125,26 +126,53 @@ def attend_ragged_eager(
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """The sequences of (1, T, H, D) tensors one by one; rows past the last give 0 and -inf."""
-    outs, lses = [], []
-    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for b in range(len(ends_q) - 1):
-        rows, cols = slice(*ends_q[b : b + 2]), slice(*ends_k[b : b + 2])
-        shift = (cols.stop - cols.start) - (rows.stop - rows.start)
-        own = slopes[b : b + 1] if slopes is not None and slopes.shape[0] > 1 else slopes
+    """The sequences of (1, T, H, D) tensors in turn, neighbours of one length together.
+
+    Rows past the last sequence give 0 and -inf.
+    """
+    outs, lses, b = [], [], 0
+    H, lse_dtype = q.shape[2], torch.promote_types(q.dtype, torch.float32)
+    lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
+    runs = list(_runs(lengths, H))
+    # split, not slices: each slice's gradient would be as long as the batch
+    *many_q, unused = _cut(q, [n * S_q for n, S_q, _ in runs])
+    many_k, many_v = (_cut(t, [n * S_k for n, _, S_k in runs]) for t in (k, v))
+    for (n, S_q, S_k), *parts in zip(runs, many_q, many_k, many_v, strict=False):
+        q_run, k_run, v_run = (
+            t.reshape(n, S, *t.shape[2:]) for t, S in zip(parts, (S_q, S_k, S_k), strict=True)
+        )
+        own = slopes[b : b + n] if slopes is not None and slopes.shape[0] > 1 else slopes
         o, lse = attend_eager(
-            q[:, rows], k[:, cols], v[:, cols], sinks, None, own, seed, scale,
-            None if left is None else left + shift,
-            None if right is None else right + shift,
+            q_run, k_run, v_run, sinks, None, own, seed, scale,
+            None if left is None else left + S_k - S_q,
+            None if right is None else right + S_k - S_q,
             softcap, dropout_p, None, b,
         )  # fmt: skip
-        outs.append(o)
-        lses.append(lse)
-    unused = q.shape[1] - ends_q[-1]
-    outs.append(q.new_zeros(1, unused, q.shape[2], v.shape[3]))
-    lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    lses.append(q.new_full((1, q.shape[2], unused), float("-inf"), dtype=lse_dtype))
+        outs.append(o.flatten(0, 1)[None])
+        lses.append(lse.transpose(0, 1).flatten(1)[None])
+        b += n
+    outs.append(q.new_zeros(1, unused.shape[1], H, v.shape[3]))
+    lses.append(q.new_full((1, H, unused.shape[1]), float("-inf"), dtype=lse_dtype))
     return torch.cat(outs, 1), torch.cat(lses, 2)
+
+
+_TOGETHER = 2**22  # scores, at most, of sequences that are computed at once
+
+
+def _runs(lengths: Iterable[tuple[int, int]], H: int) -> Iterator[tuple[int, int, int]]:
+    """How many neighbours have one length, and that length of queries and keys."""
+    for (S_q, S_k), run in itertools.groupby(lengths):
+        left = len(list(run))
+        most = max(1, _TOGETHER // max(1, H * S_q * S_k))
+        while left:
+            n = min(left, most)
+            yield n, S_q, S_k
+            left -= n
+
+
+def _cut(x: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
+    """(1, T, ...) cut into so many rows each, and what is left."""
+    return x.split_with_sizes([*rows, x.shape[1] - sum(rows)], 1)
 
 
 def _ragged_fake(
