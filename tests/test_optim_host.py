@@ -24,7 +24,7 @@ MATRICES = ((20, 33), (5,), (20, 33))
 class Compiled(CompiledKernel):
     """Stands in for machine code: it notes what it is launched with."""
 
-    src = function = packed_metadata = None
+    src = function = module = packed_metadata = None
 
     def __init__(self, name, launched):
         self.name, self.launched = name, launched

@@ -146,7 +146,8 @@ class Adam(_AdamStep, torch.optim.Adam):
         state_dtype: torch.float32 or torch.bfloat16 for the running means; None is the
             parameter's dtype, as torch. "8bit": a byte an element and a float32 for each 128, as
             small floats relative to their largest; of parameters with less than 4096 elements,
-            and of shards that would cut blocks, float32.
+            and of shards that would cut blocks, float32. torch's optimizer loads them from
+            ``torch_state_dict()``.
         master: "fp32" keeps float32 weights beside half-precision parameters; "split" keeps the
             16 bits that bfloat16 parameters lack of float32, to the same result in 2 bytes less.
         rounding: "stochastic" rounds bfloat16 parameters to either neighbour at random, without

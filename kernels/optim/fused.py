@@ -110,7 +110,7 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         optimizer = args[0]
-        if type(optimizer).step.__code__ is not watched.__code__ and (
+        if not (
             torch.compiler.is_compiling()
             or torch.autograd._profiler_enabled()
             or optimizer._optimizer_step_pre_hooks
@@ -118,8 +118,9 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
         ):
-            return watched(*args, **kwargs)
-        return step(*args, **kwargs)
+            return step(*args, **kwargs)
+        overridden = getattr(type(optimizer).step, "__code__", None) is watched.__code__
+        return (step if overridden else watched)(*args, **kwargs)
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # torch wraps what is not
     return wrapper
