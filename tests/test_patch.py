@@ -431,8 +431,10 @@ class HubForCausalLM(nn.Module):
         return self.loss_function(logits=logits, labels=labels, vocab_size=12)
 
 
-@pytest.mark.parametrize("positions", [[[0, 1, 2, 3]], [[0, 1, 2, 3], [5, 6, 7, 8]]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("positions", "dtype"),
+    [([[0, 1, 2, 3]], torch.bfloat16), ([[0, 1, 2, 3], [5, 6, 7, 8]], torch.float32)],
+)
 def test_rotations_and_losses_of_one_model(positions, dtype):
     torch.manual_seed(0)
     model, other = HubForCausalLM().to(dtype), HubForCausalLM()
@@ -440,8 +442,8 @@ def test_rotations_and_losses_of_one_model(positions, dtype):
     before = {name: set(vars(m)) for name, m in model.named_modules()}
     want = results(model, *inputs)
     scope = dict(globals())
-    with interpreted(), patch(model) as report:
-        with Calls() as calls:
+    with patch(model) as report:
+        with interpreted(), Calls() as calls:
             got = results(model, *inputs)
         assert {s.name: s.op for s in report.swapped} == {
             "attention": "rotary_embedding",
