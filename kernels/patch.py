@@ -5,7 +5,8 @@
     with patch(model): ...     # the same for a block
 
 A module keeps its identity, class, parameters, hooks and state_dict: it only gets a ``forward`` of
-its own, before its class's. Other models, classes and ``torch.nn.functional`` are left alone.
+its own, before its class's, or a causal language model a ``_loss_function``. Other models, classes
+and functions are left alone.
 
 Names prove nothing, so each replacement has to give what the module gives, with the same gradients,
 on random numbers in place of its parameters. Where none does, the module stays as it is.
@@ -20,119 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import _calls
+from ._probe import Candidate, Forward, Kind, chosen_for, twin_of
 from .activations import gelu, relu_squared
 from .embedding import Embedding
 from .glu import geglu, swiglu
 from .group_norm import GroupNorm
 from .layer_norm import LayerNorm
 from .rms_norm import rms_norm
-
-Forward = Callable[..., Any]
-
-
-class _Candidate(NamedTuple):
-    """A fused op, and the forward that puts it into a module."""
-
-    op: str
-    forward: Forward
-
-
-class _Kind(NamedTuple):
-    """What to do with a kind of module.
-
-    Attributes:
-        candidates: Forwards, of which the first that agrees is taken.
-        twin: The module without hooks, with random parameters of a dtype.
-        inputs: A float32 or integer input of the twin.
-    """
-
-    candidates: Sequence[_Candidate]
-    twin: Callable[[torch.dtype, torch.Generator], nn.Module]
-    inputs: Callable[[torch.Generator], Tensor]
-
-
-# --- the probe ----------------------------------------------------------------------------------
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Where the probe runs: on the module's device, if that holds numbers."""
-    place = next((p.device for p in module.parameters()), torch.device("cpu"))
-    return torch.device("cpu") if place.type == "meta" else place
-
-
-def _twin(
-    module: nn.Module, dtype: torch.dtype, generator: torch.Generator, **shapes: Sequence[int]
-) -> Any:
-    """The module in evaluation, without hooks, its own parameters random, of their or other shapes.
-
-    What the caller then changes of it does not change the module.
-    """
-    twin = type(module).__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    twin.__dict__["training"] = False
-    twin.__dict__["_parameters"] = {
-        name: p if p is None else _random(shapes.get(name, p.shape), dtype, generator, p.device)
-        for name, p in module._parameters.items()
-    }
-    return twin
-
-
-def _random(
-    shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, device: torch.device
-) -> Tensor:
-    place = torch.device("cpu") if device.type == "meta" else device
-    return torch.randn(*shape, generator=generator).to(place, dtype).requires_grad_()
-
-
-def _outcome(forward: Forward, twin: nn.Module, x: Tensor) -> list[Tensor]:
-    """The result, and the gradients of whatever has one."""
-    y = forward(twin, x)
-    graded = [t for t in (x, *twin._parameters.values()) if t is not None and t.requires_grad]
-    dy = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(y.dtype)
-    grads = torch.autograd.grad(y, graded, dy, allow_unused=True, materialize_grads=True)
-    return [y.detach(), *grads]
-
-
-def _disagreement(got: Sequence[Tensor], want: Sequence[Tensor]) -> str | None:
-    """How two outcomes differ by more than roundings, or None."""
-    for name, ours, theirs in zip(("result", *["gradient"] * len(want)), got, want, strict=False):
-        if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-            kinds = [f"{tuple(t.shape)} {t.dtype}" for t in (ours, theirs)]
-            return f"its {name} is {kinds[0]}, not {kinds[1]}"
-        ulps = 32 if theirs.dtype == torch.float32 else 8
-        error = (ours.double() - theirs.double()).abs().max()
-        if not error <= ulps * torch.finfo(theirs.dtype).eps * theirs.double().abs().max():
-            return f"its {name} is off by {error:.1g}"
-    return None
-
-
-def _chosen(module: nn.Module, kind: _Kind) -> _Candidate | str:
-    """The candidate that agrees with the module, or why there is none."""
-    if "forward" in module.__dict__:
-        return "its forward is already replaced"
-    own = next((p.dtype for p in module._parameters.values() if p is not None), torch.float32)
-    device, found = _device(module), ""
-    forward = type(module).forward
-    left = list(kind.candidates)
-    for dtype in dict.fromkeys((torch.float32, own)):  # few digits would hide another eps
-        generator = torch.Generator().manual_seed(0)
-        twin, x = kind.twin(dtype, generator), kind.inputs(generator).to(device)
-        if x.is_floating_point():
-            x = x.to(dtype).requires_grad_()
-        try:
-            with (
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                torch.autocast(device.type, enabled=False),
-            ):
-                want = _outcome(forward, twin, x)
-                reasons = {c: _disagreement(_outcome(c.forward, twin, x), want) for c in left}
-        except Exception as error:  # whatever a stranger's forward raises
-            return f"the probe failed: {type(error).__name__}: {error}"
-        found = "; ".join(f"{c.op}: {reason}" for c, reason in reasons.items() if reason)
-        left = [c for c, reason in reasons.items() if reason is None]
-    return left[0] if left else f"no fused op agrees with it ({found})"
-
 
 # --- kinds of modules ---------------------------------------------------------------------------
 
@@ -172,14 +68,14 @@ def _rms_norm(eps_name: str, weight_offset: float) -> Forward:
     return forward
 
 
-_NORMS: Mapping[type[nn.Module], _Candidate] = {
-    nn.LayerNorm: _Candidate("layer_norm", LayerNorm.forward),
-    nn.RMSNorm: _Candidate("rms_norm", _torch_rms_norm),
-    nn.GroupNorm: _Candidate("group_norm", GroupNorm.forward),
+_NORMS: Mapping[type[nn.Module], Candidate] = {
+    nn.LayerNorm: Candidate("layer_norm", LayerNorm.forward),
+    nn.RMSNorm: Candidate("rms_norm", _torch_rms_norm),
+    nn.GroupNorm: Candidate("group_norm", GroupNorm.forward),
 }
 
 
-def _norm(module: nn.Module) -> _Kind | str | None:
+def _norm(module: nn.Module) -> Kind | str | None:
     base = next((kind for kind in _NORMS if isinstance(module, kind)), None)
     if base is not None:
         if type(module).forward is not base.forward:
@@ -198,12 +94,12 @@ def _norm(module: nn.Module) -> _Kind | str | None:
             return "its forward takes other than one argument"
         shape = tuple(weight.shape)
         candidates = [
-            _Candidate(f"rms_norm{label}", _rms_norm(eps_name, offset))
+            Candidate(f"rms_norm{label}", _rms_norm(eps_name, offset))
             for label, offset in (("", 0.0), (" of 1 + weight", 1.0))
         ]
-    return _Kind(
+    return Kind(
         candidates,
-        functools.partial(_twin, module),
+        functools.partial(twin_of, module),
         functools.partial(_rows, shape),
     )
 
@@ -216,13 +112,13 @@ def _elementwise(op: Callable[[Tensor], Tensor]) -> Forward:
 
 
 _ACTIVATIONS = (
-    _Candidate("gelu", _elementwise(gelu)),
-    _Candidate('gelu "tanh"', _elementwise(lambda x: gelu(x, approximate="tanh"))),
-    _Candidate("relu_squared", _elementwise(relu_squared)),
+    Candidate("gelu", _elementwise(gelu)),
+    Candidate('gelu "tanh"', _elementwise(lambda x: gelu(x, approximate="tanh"))),
+    Candidate("relu_squared", _elementwise(relu_squared)),
 )
 
 
-def _activation(module: nn.Module) -> _Kind | str | None:
+def _activation(module: nn.Module) -> Kind | str | None:
     name = type(module).__name__
     if not ("GELU" in name or "GeLU" in name or name.startswith("ReLUSquared")):
         return None
@@ -230,9 +126,9 @@ def _activation(module: nn.Module) -> _Kind | str | None:
         return "it has parameters or modules of its own"
     if not _takes_one(type(module).forward):
         return "its forward takes other than one argument"
-    return _Kind(
+    return Kind(
         _ACTIVATIONS,
-        functools.partial(_twin, module),
+        functools.partial(twin_of, module),
         lambda generator: 3 * torch.randn(256, generator=generator),
     )
 
@@ -270,7 +166,7 @@ _GATED = {
 }
 
 
-def _mlp(module: nn.Module) -> _Kind | str | None:
+def _mlp(module: nn.Module) -> Kind | str | None:
     """Gated units under Hugging Face's names. The probe leaves the projections out."""
     stand_ins: dict[str, nn.Module] = {"down_proj": nn.Identity()}
     if {"gate_proj", "up_proj", "down_proj"} <= module._modules.keys():
@@ -285,18 +181,18 @@ def _mlp(module: nn.Module) -> _Kind | str | None:
         return "its forward takes other than one argument"
 
     def twin(dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
-        found = _twin(module, dtype, generator)
+        found = twin_of(module, dtype, generator)
         found.__dict__["_modules"] = {**module._modules, **stand_ins}
         return found
 
-    return _Kind(
-        [_Candidate(name, unit(op)) for name, op in _GATED.items()],
+    return Kind(
+        [Candidate(name, unit(op)) for name, op in _GATED.items()],
         twin,
         lambda generator: 3 * torch.randn(4, 128, generator=generator),
     )
 
 
-def _embedding(module: nn.Module) -> _Kind | str | None:
+def _embedding(module: nn.Module) -> Kind | str | None:
     if not isinstance(module, nn.Embedding):
         return None
     if type(module).forward is not nn.Embedding.forward:
@@ -307,19 +203,23 @@ def _embedding(module: nn.Module) -> _Kind | str | None:
     rows = min(V, 8)  # a whole table of random numbers could be gigabytes
 
     def twin(dtype: torch.dtype, generator: torch.Generator) -> nn.Module:
-        found = _twin(module, dtype, generator, weight=(rows, N))
+        found = twin_of(module, dtype, generator, weight=(rows, N))
         if module.padding_idx is not None:
             found.__dict__["padding_idx"] = min(module.padding_idx, rows - 1)
         return found
 
-    return _Kind(
-        [_Candidate("embedding", Embedding.forward)],
+    return Kind(
+        [Candidate("embedding", Embedding.forward)],
         twin,
         lambda generator: torch.randint(rows, (2, 9), generator=generator),
     )
 
 
-_KINDS: Mapping[str, Callable[[nn.Module], _Kind | str | None]] = {
+_CALLS: Mapping[str, Callable[[nn.Module, nn.Module], Candidate | str | None]] = {
+    "rotary": _calls.rotary,
+    "loss": _calls.loss,
+}
+_KINDS: Mapping[str, Callable[[nn.Module], Kind | str | None]] = {
     "norm": _norm,
     "mlp": _mlp,
     "activation": _activation,
@@ -357,29 +257,36 @@ class PatchReport:
     def __init__(self) -> None:
         self.swapped: list[Swap] = []
         self.skipped: list[Skip] = []
-        self._modules: list[tuple[str, nn.Module, Forward]] = []
+        self._modules: list[tuple[str, nn.Module, str, Forward]] = []
 
-    def _put(self, name: str, module: nn.Module, chosen: _Candidate) -> None:
-        forward = MethodType(chosen.forward, module)
-        module.__dict__["forward"] = forward
-        self._modules.append((name, module, forward))
-        self.swapped.append(Swap(name, type(module).__name__, chosen.op))
+    def _take(self, name: str, module: nn.Module, found: Candidate | str) -> None:
+        """Puts what was found into the module, or notes why there is nothing."""
+        kind = type(module).__name__
+        if isinstance(found, str):
+            self.skipped.append(Skip(name, kind, found))
+            return
+        value = found.forward
+        if found.attribute == "forward":
+            value = MethodType(value, module)
+        module.__dict__[found.attribute] = value
+        self._modules.append((name, module, found.attribute, value))
+        self.swapped.append(Swap(name, kind, found.op))
 
     def undo(self) -> None:
-        """Gives every module its class's forward again. A second time it does nothing.
+        """Gives every module what it had before. A second time it does nothing.
 
         Raises:
             RuntimeError: Something else has replaced a forward since: undo that first. Nothing is
                 changed then.
         """
-        for name, module, forward in self._modules:
-            if module.__dict__.get("forward") is not forward:
+        for name, module, attribute, value in self._modules:
+            if module.__dict__.get(attribute) is not value:
                 raise RuntimeError(
-                    f"undo: the forward of {name} ({type(module).__name__}) was replaced after "
+                    f"undo: the {attribute} of {name} ({type(module).__name__}) was replaced after "
                     "patch; undo that first"
                 )
-        for _, module, _ in self._modules:
-            del module.__dict__["forward"]
+        for _, module, attribute, _ in self._modules:
+            del module.__dict__[attribute]
         self._modules.clear()
 
     def __enter__(self) -> "PatchReport":
@@ -408,6 +315,8 @@ def patch(
     mlp: bool = True,
     activation: bool = True,
     embedding: bool = True,
+    rotary: bool = True,
+    loss: bool = True,
 ) -> PatchReport:
     """Lets the modules of a model run the fused ops that do what they do.
 
@@ -422,6 +331,10 @@ def patch(
             between their projections.
         activation: ``nn.GELU`` and classes named ...GELU... or ReLUSquared...
         embedding: ``nn.Embedding``.
+        rotary: Attention of Hugging Face's that calls ``apply_rotary_pos_emb``, as Llama's: that
+            function, for these modules alone.
+        loss: The loss of Hugging Face's causal language models: cross_entropy of the logits as
+            they are, without their copy in float32.
 
     Returns:
         What was swapped and what was not, with ``undo()``.
@@ -432,7 +345,19 @@ def patch(
     if not isinstance(model, nn.Module):
         raise ValueError(f"patch: model must be a torch.nn.Module; got {type(model).__name__}")
     wanted = {"norm": norm, "mlp": mlp, "activation": activation, "embedding": embedding}
+    wanted |= {"rotary": rotary, "loss": loss}
     report = PatchReport()
+    _patch_modules(model, wanted, report)
+    for option, choose in _CALLS.items():
+        for name, module in model.named_modules() if wanted[option] else ():
+            found = choose(module, model)
+            if found is not None:
+                report._take(name, module, found)
+    return report
+
+
+def _patch_modules(model: nn.Module, wanted: Mapping[str, bool], report: PatchReport) -> None:
+    """Puts fused ops into modules that are one, or a gated unit."""
     inside: set[nn.Module] = set()  # activations of a unit that is fused whole
     for name, module in model.named_modules():
         if module in inside or type(module).__module__.startswith(__package__):
@@ -441,11 +366,7 @@ def patch(
         kind = next((kind for kind in kinds if kind is not None), None)
         if kind is None:
             continue
-        chosen = kind if isinstance(kind, str) else _chosen(module, kind)
-        if isinstance(chosen, str):
-            report.skipped.append(Skip(name, type(module).__name__, chosen))
-            continue
-        report._put(name, module, chosen)
-        if chosen.op.split()[0] in _GATED:
+        found = kind if isinstance(kind, str) else chosen_for(module, kind)
+        report._take(name, module, found)
+        if isinstance(found, Candidate) and found.op.split()[0] in _GATED:
             inside |= {m for n, m in module._modules.items() if m and not n.endswith("_proj")}
-    return report

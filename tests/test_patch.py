@@ -1,6 +1,7 @@
 """``patch``: fused ops in one model's modules, where they agree, and out of them again."""
 
 import copy
+import functools
 import io
 
 import pytest
@@ -360,6 +361,129 @@ def test_a_patched_model_compiles_without_a_graph_break():
         torch.testing.assert_close(compiled(NUMBERS), model(NUMBERS))
 
 
+# --- functions that modules call ----------------------------------------------------------------
+
+
+def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
+    """As Hugging Face writes it for Llama."""
+
+    def turned(x):
+        one, two = x.chunk(2, -1)
+        c, s = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return x * c + torch.cat((-two, one), -1) * s
+
+    return turned(q), turned(k)
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class HubRotaryEmbedding(nn.Module):
+    def __init__(self, interleaved=False):
+        super().__init__()
+        self.interleaved = interleaved
+
+    def forward(self, x, position_ids):
+        angles = position_ids[..., None] * torch.tensor([1.0, 0.3, 0.1])
+        angles = angles.repeat_interleave(2, -1) if self.interleaved else angles.repeat(1, 1, 2)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+class HubAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(12, 36)
+
+    @decorated
+    def forward(self, x, tables):
+        q, k, v = (t.unflatten(-1, (2, 6)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        q, k = apply_rotary_pos_emb(q, k, *tables)
+        return F.scaled_dot_product_attention(q, k, v.to(q.dtype)).transpose(1, 2).flatten(2)
+
+
+def _causal_loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, **more):
+    shifted = more.get("shift_labels")
+    if shifted is None:
+        shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    kind = "mean" if num_items_in_batch is None else "sum"
+    logits = logits.float().view(-1, vocab_size)
+    loss = F.cross_entropy(logits, shifted.reshape(-1), ignore_index=ignore_index, reduction=kind)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+class HubForCausalLM(nn.Module):
+    def __init__(self, interleaved=False):
+        super().__init__()
+        self.rotary_emb, self.attention = HubRotaryEmbedding(interleaved), HubAttention()
+
+    @property
+    def loss_function(self):
+        return self.__dict__.get("_loss_function", _causal_loss)
+
+    def forward(self, x, position_ids):
+        logits = self.attention(x, self.rotary_emb(x, position_ids))
+        labels = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2]) % 12
+        return self.loss_function(logits=logits, labels=labels, vocab_size=12)
+
+
+@pytest.mark.parametrize(
+    ("positions", "dtype"),
+    [([[0, 1, 2, 3]], torch.bfloat16), ([[0, 1, 2, 3], [5, 6, 7, 8]], torch.float32)],
+)
+def test_rotations_and_losses_of_one_model(positions, dtype):
+    torch.manual_seed(0)
+    model, other = HubForCausalLM().to(dtype), HubForCausalLM()
+    inputs = torch.randn(2, 4, 12, dtype=dtype), torch.tensor(positions)
+    before = {name: set(vars(m)) for name, m in model.named_modules()}
+    want = results(model, *inputs)
+    scope = dict(globals())
+    with patch(model) as report:
+        with interpreted(), Calls() as calls:
+            got = results(model, *inputs)
+        assert {s.name: s.op for s in report.swapped} == {
+            "attention": "rotary_embedding",
+            "": "cross_entropy",
+        }
+        assert [s.reason for s in patch(model).skipped] == [
+            "its forward is already replaced",
+            "its loss function is already replaced",
+        ]
+        assert patch(other, rotary=False, loss=False).swapped == []
+    assert calls.names == {"rotary", "cross_entropy", "cross_entropy_backward"}
+    assert dict(globals()) == scope
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == before
+    assert_same(got, want, tolerance=1e-5 if dtype == torch.float32 else 0.03)
+
+
+def test_other_rotations_and_losses_stay(monkeypatch):
+    report = patch(HubForCausalLM(interleaved=True))
+    assert "halves are equal" in report.skipped[0].reason
+    monkeypatch.setitem(
+        globals(), "_causal_loss", lambda logits, labels, **_: logits.float().mean()
+    )
+    monkeypatch.setitem(globals(), "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
+    report = patch(HubForCausalLM())
+    assert report.swapped == []
+    assert all("off by" in s.reason for s in report.skipped)
+
+
+def test_tables_that_ours_would_not_take_go_to_the_function_itself():
+    """Float32 tables beside half precision widen the result, and a narrow table does not fit."""
+    model = HubForCausalLM().bfloat16()
+    x, tables = torch.randn(1, 4, 12), model.rotary_emb(torch.zeros(1), torch.arange(4)[None])
+    want = model.attention(x.bfloat16(), tables)
+    with patch(model):
+        got = model.attention(x.bfloat16(), tables)
+        with pytest.raises(RuntimeError):
+            model.attention(x.bfloat16(), [t[..., :4] for t in tables])
+    assert torch.equal(got, want)
+
+
 # --- Hugging Face -------------------------------------------------------------------------------
 
 SIZES = {
@@ -373,14 +497,14 @@ SIZES = {
     "max_position_embeddings": 16,
 }
 GPT2 = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2}
-GATED = {"embedding", "rms_norm", "swiglu"}
-GEMMA = {"rms_norm of 1 + weight", 'geglu "tanh"'}
+GATED = {"embedding", "rms_norm", "swiglu", "rotary_embedding", "cross_entropy"}
+GEMMA = {"rms_norm of 1 + weight", 'geglu "tanh"', "rotary_embedding", "cross_entropy"}
 
 
 @pytest.mark.parametrize(
     ("family", "sizes", "norms", "ops"),
     [
-        ("GPT2", GPT2, 3, {"embedding", "layer_norm", 'gelu "tanh"'}),
+        ("GPT2", GPT2, 3, {"embedding", "layer_norm", 'gelu "tanh"', "cross_entropy"}),
         ("Llama", SIZES, 3, GATED),
         ("Mistral", SIZES, 3, GATED),
         ("Qwen2", SIZES, 3, GATED),

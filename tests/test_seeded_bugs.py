@@ -306,8 +306,11 @@ GROUP_NORM = [
     ("_channel_sums_kernel", "groups = rows // CHANNELS", "groups = rows % CHANNELS", FLOAT64),
     ("_channel_sums_kernel", "tl.where(mask, dy * (x - mean), 0.0)", "dy * x", FLOAT64),
     ("_channel_sums_kernel", "& (cols < S)[None, :]", "", MEMORY),
-    ("_backward_kernel", "& (members < CHANNELS)", "", FLOAT64),
-    ("_backward_kernel", "(x - mean) * rstd * mean_gx", "(x - mean) * mean_gx", FLOAT64),
+    ("_backward_kernel", "row % GROUPS * CHANNELS", "row % GROUPS", FLOAT64),
+    ("_backward_kernel", "xhat * mean_gx", "x * mean_gx", FLOAT64),
+    ("_backward_kernel", "mask_c & (cols < S)", "mask_c", MEMORY),
+    ("_backward_wide_kernel", "& (members < CHANNELS)", "", FLOAT64),
+    ("_backward_wide_kernel", "(x - mean) * rstd * mean_gx", "(x - mean) * mean_gx", FLOAT64),
 ]
 
 # (op, module and kernel, what stands there, what the mistake makes of it, the test that notices)
