@@ -289,7 +289,7 @@ def roofline(
         corners = ((start, start * bandwidth), (ridge, peak), (x1, peak))
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in corners)
         parts.append(element("polyline", class_=f"line s{colour}", points=path))
-        foot = {"y1": py(peak), "y2": height - bottom}
+        foot: dict[str, Any] = {"y1": py(peak), "y2": height - bottom}
         parts.append(element("line", class_="mark", x1=px(ridge), x2=px(ridge), **foot))
         said = f"{name} {human(peak)}FLOP/s, from {plain(ridge)} FLOP a byte"
         parts.append(_text(width - right, py(peak) - 6, said, "end"))
