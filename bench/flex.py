@@ -3,7 +3,8 @@
 Dynamo wants tensors on a card, so FlexAttention's operator is traced on stand-ins for CPU tensors,
 forward and backward, and the graph is then declared to live on a card. Inductor lowers it, told
 that the card is of the target, and writes its program, which is never run: kernels, specialisation
-and grids are read off it. It goes by Inductor's private names: checked with PyTorch 2.11 to 2.14.
+and grids are read off it. It goes by Inductor's private names: checked with PyTorch 2.11, 2.13 and
+2.14.
 """
 
 import ast
