@@ -326,8 +326,11 @@ def _beside(
 ) -> tuple[float, float] | None:
     """Where words fit right or left of, above or below a dot; their place is then taken."""
     length = 6.6 * len(words)
-    right, left = x + 9, x - 9 - length
-    places = ((right, y + 4), (left, y + 4), (right, y + 15), (right, y - 8), (left, y + 15))
+    right, left, middle = x + 9, x - 9 - length, x - length / 2
+    level = [(right, y + 4), (left, y + 4)]
+    lower = [(right, y + 15), (left, y + 15), (middle, y + 21)]
+    upper = [(right, y - 8), (left, y - 8), (middle, y - 12)]
+    places = level + lower + upper
     for at, base in places:
         box = (at, base - 10, at + length, base + 3)
         free = all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken)
