@@ -289,7 +289,7 @@ def roofline(
         corners = ((start, start * bandwidth), (ridge, peak), (x1, peak))
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in corners)
         parts.append(element("polyline", class_=f"line s{colour}", points=path))
-        foot = {"y1": py(peak), "y2": height - bottom}
+        foot: dict[str, Any] = {"y1": py(peak), "y2": height - bottom}
         parts.append(element("line", class_="mark", x1=px(ridge), x2=px(ridge), **foot))
         said = f"{name} {human(peak)}FLOP/s, from {plain(ridge)} FLOP a byte"
         parts.append(_text(width - right, py(peak) - 6, said, "end"))
@@ -326,8 +326,11 @@ def _beside(
 ) -> tuple[float, float] | None:
     """Where words fit right or left of, above or below a dot; their place is then taken."""
     length = 6.6 * len(words)
-    right, left = x + 9, x - 9 - length
-    places = ((right, y + 4), (left, y + 4), (right, y + 15), (right, y - 8), (left, y + 15))
+    right, left, middle = x + 9, x - 9 - length, x - length / 2
+    level = [(right, y + 4), (left, y + 4)]
+    lower = [(right, y + 15), (left, y + 15), (middle, y + 21)]
+    upper = [(right, y - 8), (left, y - 8), (middle, y - 12)]
+    places = level + lower + upper
     for at, base in places:
         box = (at, base - 10, at + length, base + 3)
         free = all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken)

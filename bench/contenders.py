@@ -156,7 +156,9 @@ def _liger_gated(module: str, name: str) -> Callable[[], Call]:
     def build() -> Call:
         function = liger(module, name)
 
-        def call(gate: Tensor, up: Tensor, approximate: str = "tanh") -> Tensor:
+        def call(gate: Tensor, up: Tensor | None = None, approximate: str = "tanh") -> Tensor:
+            if up is None:
+                raise NotImplementedError("it takes the halves apart")
             if approximate != "tanh":
                 raise NotImplementedError("it computes GELU by tanh alone")
             return function.apply(gate, up)

@@ -146,7 +146,8 @@ def _peers(figures: dict[str, Any]) -> list[str]:
         "## Against peers, modelled",
         "",
         f"{in_words(figures['rows'])} By `fastlm bench peers`: {named}, through their own host "
-        "code, compiled and modelled in the same run as ours. Not measured.",
+        "code (FlexAttention: through Inductor), compiled and modelled in the same run as ours. "
+        "Not measured.",
         "",
         *_table(["op", "inputs", "pass", "peer", *figures["targets"]], rows),
         *(["", "Not compared:", ""] if figures["missing"] else []),

@@ -3,7 +3,8 @@
 Dynamo wants tensors on a card, so FlexAttention's operator is traced on stand-ins for CPU tensors,
 forward and backward, and the graph is then declared to live on a card. Inductor lowers it, told
 that the card is of the target, and writes its program, which is never run: kernels, specialisation
-and grids are read off it. Inductor's private names are used; checked with PyTorch 2.12 and 2.13.
+and grids are read off it. It goes by Inductor's private names: checked with PyTorch 2.11, 2.13 and
+2.14.
 """
 
 import ast
@@ -106,6 +107,7 @@ def _in_a_fork(function: Callable[[], Any]) -> Any:
 def _pretend(arch: int) -> None:
     """Lets this process's PyTorch find one card of the target; for good."""
     from torch._dynamo import device_interface
+    from torch._subclasses import fake_tensor
 
     shared, multiprocessors = LIMITS[arch]
     major, minor = divmod(arch, 10)
@@ -121,6 +123,8 @@ def _pretend(arch: int) -> None:
         warp_size=32,
         gcnArchName="",  # of other makers: not there, but asked for
     )
+    fakes: Any = fake_tensor
+    fakes.init_gpu_context = lambda device: None  # it makes a tensor on the card
     cuda: Any = torch.cuda
     cuda.is_available = lambda: True
     cuda.device_count = lambda: 1
@@ -183,7 +187,7 @@ def _program(
         ):
             lowering.run(*map(on_the_card, (*inputs, gradient, *masks)))
             code, *_ = lowering.codegen()
-        return getattr(code, "value", code), list(lowering.graph_input_names)
+        return str(getattr(code, "value", code)), list(lowering.graph_input_names)
 
 
 def _traced(

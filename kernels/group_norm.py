@@ -29,7 +29,6 @@ from ._dispatch import dispatched
 from ._op import Inputs, Op
 from ._register import eager_gradients, torch_op
 from ._rows import WIDE, WIDE_BACKWARD, sum_parts
-from ._tuned import tunable
 
 
 def reference(
@@ -232,13 +231,6 @@ def _forward_fake(
     return input.new_empty(input.shape, dtype=dtype), stats, torch.empty_like(stats)
 
 
-@tunable("BLOCK_M", "BLOCK_N", "num_warps")
-def _backward_tile(S: int) -> dict[str, int]:
-    """Channels and their numbers: so many that the loads of the sums count little; unmeasured."""
-    block_s = min(triton.next_power_of_2(S), 4096)
-    return {"BLOCK_M": 4096 // block_s, "BLOCK_N": block_s, "num_warps": 8}
-
-
 def _backward_fake(
     dy: Tensor,
     input: Tensor,
@@ -289,15 +281,17 @@ def _backward(
             num_warps=min(max(block_c * block_s // 512, 1), 16),  # 16 numbers of each a thread
         )  # fmt: skip
     else:
-        tile = _backward_tile(S)
-        programs = triton.cdiv(M * channels, tile["BLOCK_M"])
+        block_s = min(block_s, 4096)
+        block_m = 4096 // block_s  # so much that the loads of the channels' sums count little
+        programs = triton.cdiv(M * channels, block_m)
+        tile = {"BLOCK_M": block_m, "BLOCK_N": block_s, "num_warps": 8}
         _channel_sums_kernel[(programs,)](
             dy, x, mean, rstd, dw, db,
             M * channels, S, channels,
             **tile,
         )  # fmt: skip
         if wanted[0]:
-            _backward_wide_kernel[(programs, triton.cdiv(S, tile["BLOCK_N"]))](
+            _backward_wide_kernel[(programs, triton.cdiv(S, block_s))](
                 dy, x, weight, mean, rstd, dw, db, dx,
                 M * channels, W, S, num_groups, channels,
                 BLOCK_C=block_c, **(tile | {"num_warps": 4}),

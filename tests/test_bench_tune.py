@@ -172,20 +172,13 @@ REAL = {  # op: size, and each choice that it makes with the pass that times it
             "gradients: tile_of(dq, float32 16, 16, False, False)": "backward",
         },
     ),
-    "group_norm": (
-        {"N": 3, "C": 6, "S": 35, "G": 2},
-        {"group_norm: _backward_tile(35)": "backward"},
-    ),
     "cross_entropy": (
         {"M": 2, "V": 2600, "softcap": 2.0},
         {"cross_entropy: row_options(float32 2600)": "full"},
     ),
     "linear_cross_entropy": (
         {"N": 17, "H": 33, "V": 150, "softcap": 3.0, "impl": "recompute"},
-        {
-            "tiles: _tile(float32 33, False)": "forward",
-            "tiles: _tile(float32 33)": "backward",
-        },
+        {"tiles: _product_tile(float32 33, False)": "full"},
     ),
     "rotary_embedding": ({"S": 7, "H": 2, "D": 16}, {"rotary: _tile(8, 8)": "full"}),
     "gelu": (

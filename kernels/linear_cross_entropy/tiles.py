@@ -159,7 +159,7 @@ STRIP_BYTES, STRIP_ROWS = 32 << 20, 8192
 
 
 @tunable("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP", "num_warps", "num_stages")
-def _tile(x: Tensor, *, light: bool = False) -> dict[str, int]:
+def _product_tile(x: Tensor, light: bool) -> dict[str, int]:
     """The tile of a product; unmeasured.
 
     light: Nothing but statistics follows the product. On GPUs whose tensor cores read
@@ -181,6 +181,12 @@ def _tile(x: Tensor, *, light: bool = False) -> dict[str, int]:
         "num_warps": warps,
         "num_stages": stages,
     }
+
+
+def _tile(x: Tensor, H: int, *, light: bool = False) -> dict[str, int | bool]:
+    """The tile of a product over H columns."""
+    tile = _product_tile(x, light)
+    return {**tile, "EVEN_K": H % tile["BLOCK_K"] == 0}
 
 
 def nothing_runs(x: Tensor) -> bool:
@@ -233,7 +239,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Of each row of logits: m, d, the target's logit (0 if it is not here), and sum(w z)."""
     (N, H), V = x.shape, matrix.shape[0]
-    tile = _tile(x, light=bias is None and softcap == 0.0 and not wants_pull)
+    tile = _tile(x, H, light=bias is None and softcap == 0.0 and not wants_pull)
     tiles_m, tiles_n = triton.cdiv(N, tile["BLOCK_M"]), triton.cdiv(V, tile["BLOCK_N"])
     m, d = x.new_empty(2, tiles_n, N, dtype=torch.float32).unbind()
     pull = torch.empty_like(m) if wants_pull else None
@@ -241,7 +247,7 @@ def statistics(
     _parts_kernel[(tiles_m * tiles_n,)](
         x, matrix, bias, target, weight, m, d, pull, z_y,
         x.stride(0), matrix.stride(0), N, V, H, softcap, tiles_m, tiles_n,
-        HAS_SOFTCAP=softcap > 0.0, EVEN_K=H % tile["BLOCK_K"] == 0, **tile,
+        HAS_SOFTCAP=softcap > 0.0, **tile,
     )  # fmt: skip
     top = m.amax(0)
     shift = torch.where(top == float("-inf"), 0.0, top)
@@ -262,7 +268,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The wanted of dx and dbias, in float32, and dW, from the rows' (m, a, b, c)."""
     (N, H), V = x.shape, matrix.shape[0]
-    tile = _tile(x)
+    tile = _tile(x, H)
     block = tile["BLOCK_N"]
     height = min(N, STRIP_ROWS)
     strip = strip or max(STRIP_BYTES // (height * x.element_size()), 1)
@@ -286,7 +292,7 @@ def gradients(
                 *(None if r is None else r[some] for r in rows), ds,
                 x.stride(0), matrix.stride(0), ds.stride(0),
                 first, part.shape[0], V, H, softcap, tiles_m, tiles_n,
-                HAS_SOFTCAP=softcap > 0.0, EVEN_K=H % tile["BLOCK_K"] == 0, **tile,
+                HAS_SOFTCAP=softcap > 0.0, **tile,
             )  # fmt: skip
             if dx is not None:
                 accumulate(dx[some], part, matrix[first:last], first == 0)
