@@ -104,7 +104,8 @@ def finetune(config: FinetuneConfig, out: Path, *, world: World, resume: bool = 
         ArithmeticError: A loss was not finite.
     """
     config.check(world.size)
-    if (out / "run.json").exists() and not resume:
+    saved = ("model.safetensors", "adapter.safetensors")
+    if not resume and (checkpoint.steps(out) or any((out / name).exists() for name in saved)):
         raise ValueError(
             f"--out {out} holds a run already; --resume goes on with it, or give another folder"
         )
@@ -125,7 +126,7 @@ def finetune(config: FinetuneConfig, out: Path, *, world: World, resume: bool = 
     run = TaskRun(out, config, {"data": {"name": config.data, "digest": digest}}, world)
     if resume:
         loop.restore(folder, facts)
-        run.forget_after(loop.step)
+    run.forget_after(loop.step)
     tokens_a_row = sum(len(row.ids) for row in job.train) / len(job.train)
     if world.main:
         trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)

@@ -142,7 +142,7 @@ def train(config: TrainConfig, out: Path, *, world: World, resume: bool = False)
     run = Run(out, config, {"data": {"name": corpus.name, "digest": corpus.digest}}, world)
     if resume:
         loop.restore(folder, facts)
-        run.forget_after(loop.step)
+    run.forget_after(loop.step)
     if world.main:
         tokenizer = ByteTokenizer() if corpus.folder is None else load_tokenizer(corpus.folder)
         tokenizer.save(out)
