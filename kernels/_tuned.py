@@ -39,8 +39,8 @@ _observer: Seen | None = None
 def tunable(*fields: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Marks a function that gives a tile, a dict or a named tuple, of which ``fields`` may change.
 
-    A change must leave results right whatever it is: the caller derives grid and buffers from the
-    tile that it is given.
+    A field that is None is not one of this tile's. A change must leave results right whatever it
+    is: the caller derives grid and buffers from the tile that it is given.
     """
 
     def decorate(choose: Callable[P, R]) -> Callable[P, R]:
@@ -73,14 +73,15 @@ def _word(value: Any) -> str:
 
 
 def _fields(tile: Any) -> Tile:
-    return dict(tile) if isinstance(tile, Mapping) else tile._asdict()
+    fields = dict(tile) if isinstance(tile, Mapping) else tile._asdict()
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _replaced(tile: Any, key: str, fields: tuple[str, ...]) -> Any:
     """The tile with what was found for this key."""
     plain = _fields(tile)
     if _observer is not None:
-        _observer(key, plain, fields)
+        _observer(key, plain, tuple(name for name in fields if name in plain))
     found = _trial.get(key)
     if found is None and _winners and _dispatch._cpu_runner is None:
         found = _winners.get(_device(torch.cuda.current_device()), {}).get(key)

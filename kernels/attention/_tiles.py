@@ -25,6 +25,7 @@ class Tile(NamedTuple):
     n: int
     warps: int
     stages: int
+    specialised: bool | None = None  # see specialised.py; None where the kernel has no such form
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
@@ -133,7 +134,7 @@ _INTERPRETED = {
     "dkdv": Tile(16, 32, 4, 1),
     "dq": Tile(32, 16, 4, 1),
 }
-_INTERPRETED_TMA = False  # pointers, as on most GPUs; tests turn it
+_INTERPRETED_CLASS = "a100"  # pointers, as on most GPUs; tests change it
 
 
 def _class_of(arch: int) -> str:
@@ -156,10 +157,12 @@ def gpu_class(x: Tensor) -> str:
     """The class of the GPU where ``x`` lives, or that is compiled for."""
     if x.is_cuda:
         return _class_of_device(x.device.index)
+    if _dispatch._cpu_runner == "interpreter":
+        return _INTERPRETED_CLASS
     return _class_of(driver.active.get_current_target().arch)
 
 
-@tunable("m", "n", "warps", "stages")
+@tunable("m", "n", "warps", "stages", "specialised")
 def tile_of(
     kernel: str, x: Tensor, block_d: int, *, busy: bool = False, crowded: bool = False
 ) -> Tile:
@@ -180,7 +183,9 @@ def tile_of(
     if busy:
         tile = _HALF_BUSY.get((kernel, gpu, row), tile)
     if crowded:
-        tile = _CROWDED.get((kernel, gpu, row), tile._replace(warps=8))
+        return _CROWDED.get((kernel, gpu, row), tile._replace(warps=8))
+    if kernel == "forward" and row <= 128 and gpu in ("hopper", "blackwell"):
+        return tile._replace(specialised=False)  # off until a card has measured it
     return tile
 
 
@@ -194,7 +199,9 @@ def described(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
 
     A descriptor spares the loop its addresses and masks: reads past S or D give 0.
     """
-    if x.dtype == torch.float32 or x.numel() == 0 or not _has_tma(x):
+    if x.dtype == torch.float32 or x.numel() == 0:
+        return None
+    if gpu_class(x) not in ("hopper", "blackwell"):
         return None
     # of a dimension of size 1 the stride is free
     strides = [s if n > 1 else block_d for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
@@ -203,16 +210,14 @@ def described(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, block_d])
 
 
-def _has_tma(x: Tensor) -> bool:
-    if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
-        return _INTERPRETED_TMA
-    return gpu_class(x) in ("hopper", "blackwell")
-
-
 @triton.jit
 def load_rows(descriptor, b, row, h, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A (BLOCK, BLOCK_D) tile of one head through its descriptor."""
-    return descriptor.load([b.to(tl.int32), row, h.to(tl.int32), 0]).reshape(BLOCK, BLOCK_D)
+    """A (BLOCK, BLOCK_D) tile of one head through its descriptor; h None: it has no other head."""
+    if h is None:
+        tile = descriptor.load([row, 0])
+    else:
+        tile = descriptor.load([b.to(tl.int32), row, h.to(tl.int32), 0]).reshape(BLOCK, BLOCK_D)
+    return tile
 
 
 @triton.jit

@@ -7,6 +7,7 @@ For each tile of queries, over tiles of keys, with scores s in base 2:
 
 then o = acc / l and lse = (m + log2 l) ln 2. A sink joins l at the end. Tiles that every query of
 the tile sees whole are taken without a mask; those on the edge of the band, and the tail, with one.
+Its warp-specialised forms are in specialised.py.
 
 Of float32 inputs the rounding of a large lse would show in the backward's e^(s - lse): a factor a
 row, gain, takes it out. Half precision does not see it.
@@ -16,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._scores import (
     LN_2,
@@ -36,6 +38,7 @@ from ._scores import (
     visited,
 )
 from ._tiles import block_d_of, described, dot, load_rows, load_tile, tile_of
+from .specialised import form_of, launched
 
 # --- kernels ------------------------------------------------------------------------------------
 
@@ -46,6 +49,7 @@ def _attend(
     stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale, score, slope, bias_ptr, head, seed,
     blocks, list_ptr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """The running softmax over keys start..stop, taken a tile at a time."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -56,7 +60,7 @@ def _attend(
     mask_d = (offs_d < HEAD_DIM)[:, None]
     mask_dv = (offs_dv < HEAD_DIM_V)[None, :]
     factor = 1.0 if is_shaped(score) else scale * LOG2_E
-    for t in tl.range(start, stop, BLOCK_N):
+    for t in tl.range(start, stop, BLOCK_N, warp_specialize=SPECIALISED):
         n = tl.multiple_of(listed(t, blocks, list_ptr), BLOCK_N)
         mask_n = n + offs_n < S_k
         if TMA:
@@ -96,7 +100,7 @@ def _forward_kernel(  # noqa: C901, PLR0915
     B, H, S_q, S_k, left, right, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, SPECIALISED: tl.constexpr, ONE_LOOP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Ragged batches lie end to end in batch 0."""
     pid = tl.program_id(0)
@@ -136,8 +140,16 @@ def _forward_kernel(  # noqa: C901, PLR0915
     offs_dv = tl.arange(0, BLOCK_DV)
     rows = offs_m.to(tl.int64)[:, None]
     mask_m = offs_m < S_q
-    q_ptrs = q_ptr + h * stride_qh + rows * stride_qm + offs_d[None, :]
-    q = load_tile(q_ptrs, mask_m[:, None], (offs_d < HEAD_DIM)[None, :], True, HEAD_DIM != BLOCK_D)
+    q_ptr += h * stride_qh
+    if ONE_LOOP:
+        q_tiles = tl.make_tensor_descriptor(
+            q_ptr, [S_q, HEAD_DIM], [stride_qm, 1], [BLOCK_M, BLOCK_D]
+        )
+        q = load_rows(q_tiles, None, first, None, BLOCK_M, BLOCK_D)
+    else:
+        q_ptrs = q_ptr + rows * stride_qm + offs_d[None, :]
+        mask_d = (offs_d < HEAD_DIM)[None, :]
+        q = load_tile(q_ptrs, mask_m[:, None], mask_d, True, HEAD_DIM != BLOCK_D)
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -152,7 +164,20 @@ def _forward_kernel(  # noqa: C901, PLR0915
             acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, 0, count * SPARSE,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, blocks, list_ptr,
-            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
+            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA, SPECIALISED,
+        )  # fmt: skip
+    elif ONE_LOOP:
+        k_tiles = tl.make_tensor_descriptor(
+            k_ptr, [S_k, HEAD_DIM], [stride_kn, 1], [BLOCK_N, BLOCK_D]
+        )
+        v_tiles = tl.make_tensor_descriptor(
+            v_ptr, [S_k, HEAD_DIM_V], [stride_vn, 1], [BLOCK_N, BLOCK_DV]
+        )
+        acc, l_i, m_i = _attend(
+            acc, l_i, m_i, q, k_tiles, v_tiles, None, None, begin, end,
+            stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
+            score, slope, bias_ptr, head, seed, None, 0,
+            not WHOLE, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, True, SPECIALISED,
         )  # fmt: skip
     else:
         if left is not None:
@@ -160,19 +185,19 @@ def _forward_kernel(  # noqa: C901, PLR0915
                 acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, begin, tl.minimum(full_begin, end),
                 stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
                 score, slope, bias_ptr, head, seed, None, 0,
-                True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
+                True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA, SPECIALISED,
             )  # fmt: skip
         acc, l_i, m_i = _attend(
             acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, full_begin, full_end,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, None, 0,
-            False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
+            False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA, SPECIALISED,
         )  # fmt: skip
         acc, l_i, m_i = _attend(
             acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, tl.maximum(full_begin, full_end), end,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, None, 0,
-            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
+            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA, SPECIALISED,
         )  # fmt: skip
 
     if not is_shaped(score):
@@ -314,13 +339,29 @@ def forward(
     # descriptors pay in this kernel alone: dq and dkdv compile to more instructions with them
     k_tiles, v_tiles = described(k, tile.n, block_d), described(v, tile.n, block_dv)
     tma = cu_seqlens_q is None and k_tiles is not None and v_tiles is not None
-    _forward_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
-        q, k_tiles if tma else k, v_tiles if tma else v, o, lse, gain if gain.numel() else None,
-        cu_seqlens_q, cu_seqlens_k, sinks,
-        score_of(softcap, slopes, bias, dropout_p, seed), blocks_of(block_mask),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-        B, H, S_q, S_k, left, right, scale,
-        GROUP=H // H_kv, HEAD_DIM=D, HEAD_DIM_V=D_v, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        TMA=tma, **tile.options(),
+    grid = (tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)
+    score = score_of(softcap, slopes, bias, dropout_p, seed)
+
+    def launch(k_given: Tensor | TensorDescriptor, v_given: Tensor | TensorDescriptor, **options):
+        _forward_kernel[grid](
+            q, k_given, v_given, o, lse, gain if gain.numel() else None,
+            cu_seqlens_q, cu_seqlens_k, sinks, score, blocks_of(block_mask),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
+            B, H, S_q, S_k, left, right, scale,
+            GROUP=H // H_kv, HEAD_DIM=D, HEAD_DIM_V=D_v, BLOCK_D=block_d, BLOCK_DV=block_dv,
+            **options,
+        )  # fmt: skip
+
+    plain = left is None and block_mask is None
+    if tile.specialised and tma and plain and all(option is None for option in score):
+        form = form_of(tile, q, k_tiles, v_tiles, right)
+        given = (k, v) if form and form.one_loop else (k_tiles, v_tiles)
+        if form and launched(
+            (D, D_v, right is None, tile, form), q, lambda: launch(*given, **form.options(tile))
+        ):
+            return o, lse, gain
+    launch(
+        k_tiles if tma else k, v_tiles if tma else v,
+        TMA=tma, SPECIALISED=False, ONE_LOOP=False, WHOLE=False, **tile.options(),
     )  # fmt: skip
     return o, lse, gain
