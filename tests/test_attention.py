@@ -73,6 +73,11 @@ def test_head_dimensions(D):
     check(OP, inputs(S_q=19, S_k=35, D=D, causal=True, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("D", [136, 192])
+def test_heads_of_two_tiles(D):
+    check(OP, inputs(S_q=19, S_k=35, D=D, D_v=24, causal=True, dtype=torch.float16))
+
+
 @pytest.mark.parametrize(("D", "D_v"), [(300, 300), (512, 24)])
 def test_wide_heads_have_a_forward_in_half_precision(D, D_v):
     given = inputs(S_q=19, S_k=35, D=D, D_v=D_v, causal=True, dtype=torch.float16)
@@ -293,7 +298,7 @@ def test_offsets_past_2_to_the_31(lazy_memory):
         assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("D", [16, 40])
+@pytest.mark.parametrize("D", [16, 40, 136])
 @pytest.mark.parametrize("causal", [False, True])
 def test_through_descriptors(monkeypatch, causal, D):
     """Tiles read by TMA, as on Hopper and Blackwell."""
@@ -316,7 +321,7 @@ def test_what_descriptors_cannot_address_goes_through_pointers(monkeypatch):
     assert _tiles.described(plain[:1, :, :1], 16, 16) is not None  # of size 1: any stride
 
 
-FORWARD_TILE = "forward: tile_of(forward, float16 16, 16, False)"
+FORWARD_TILE = "forward: tile_of(forward, float16 16, 16, False, False)"
 SPECIALISED = {FORWARD_TILE: {"m": 128, "specialised": True}}
 
 

@@ -79,7 +79,7 @@ def test_heads_of_8_times_an_odd_number_are_copied_wide():
 )
 def test_specialised_forms_compile_and_specialise(target, warps, causal, D, tensor):
     q, k, v = (leaf(1, 512, 2, D).detach() for _ in "qkv")
-    tiles = {f"forward: tile_of(forward, bfloat16 {D}, {D}, False)": {"specialised": True}}
+    tiles = {f"forward: tile_of(forward, bfloat16 {D}, {D}, False, False)": {"specialised": True}}
     with _tuned.trial(tiles), capture.capture_launches(target) as cap:
         flash_attention(q, k, v, causal=causal)
     (launch,) = cap.unique()

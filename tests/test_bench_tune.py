@@ -184,7 +184,7 @@ def test_a_switch_is_thrown_where_the_tile_has_one():
             "flash_attention",
             {"B": 1, "S_q": 40, "S_k": 40, "H": 1, "H_kv": 1, "D": 16, "causal": True},
             {
-                "forward: tile_of(forward, float32 16, 16, False)",
+                "forward: tile_of(forward, float32 16, 16, False, False)",
                 "gradients: tile_of(dkdv, float32 16, 16, False)",
                 "gradients: tile_of(dq, float32 16, 16, False, False)",
             },

@@ -40,20 +40,20 @@ class Tile(NamedTuple):
 # (kernel, GPU class) -> {BLOCK_D: tile} for 16-bit inputs; unmeasured
 _HALF: dict[tuple[str, str], dict[int, Tile]] = {
     ("forward", "a100"): {
-        64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2),
-        512: Tile(32, 32, 8, 2),
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 192: Tile(128, 64, 8, 2),
+        256: Tile(64, 64, 8, 2), 512: Tile(32, 32, 8, 2),
     },
     ("forward", "hopper"): {
-        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2),
-        512: Tile(64, 32, 8, 2),
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 192: Tile(128, 128, 8, 2),
+        256: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2),
     },
     ("forward", "blackwell"): {
-        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2),
-        512: Tile(64, 32, 8, 2),
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 192: Tile(128, 64, 8, 2),
+        256: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2),
     },
     ("forward", "small"): {
-        64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2),
-        512: Tile(32, 32, 8, 2),
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 192: Tile(128, 32, 8, 2),
+        256: Tile(64, 32, 8, 2), 512: Tile(32, 32, 8, 2),
     },
     ("dkdv", "a100"): {
         64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2),
@@ -83,6 +83,7 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
 
 # Where D is not BLOCK_D the masks of the loads take registers: smaller tiles; unmeasured
 _HALF_PADDED: dict[tuple[str, str, int], Tile] = {
+    ("forward", "a100", 128): Tile(128, 64, 8, 3),
     ("forward", "small", 128): Tile(128, 32, 8, 2),
     ("dkdv", "hopper", 64): Tile(64, 128, 8, 2),
     ("dkdv", "hopper", 128): Tile(64, 64, 8, 2),
@@ -92,8 +93,10 @@ _HALF_PADDED: dict[tuple[str, str, int], Tile] = {
     ("dq", "blackwell", 64): Tile(128, 64, 8, 2),
 }
 
-# The same where a band has two edges, which make a third loop, or dq sums what sinks need
+# The same where a band has two edges, which make a third loop, dq sums what sinks need, or forward
+# is anything but plain, dense, and with k and v laid out alike in rows of 16 bytes a copy
 _HALF_BUSY: dict[tuple[str, str, int], Tile] = {
+    ("forward", "a100", 128): Tile(128, 64, 8, 3),
     ("dq", "hopper", 128): Tile(128, 64, 8, 2),
 }
 
@@ -108,6 +111,10 @@ _CROWDED: dict[tuple[str, str, int], Tile] = {
     ("forward", "small", 128): Tile(64, 32, 8, 2),
     ("forward", "hopper", 128): Tile(128, 32, 8, 2),
     ("forward", "blackwell", 128): Tile(128, 32, 8, 1),
+    ("forward", "a100", 192): Tile(64, 32, 8, 2),
+    ("forward", "small", 192): Tile(64, 32, 8, 2),
+    ("forward", "hopper", 192): Tile(128, 32, 8, 2),
+    ("forward", "blackwell", 192): Tile(128, 32, 8, 1),
     ("dkdv", "a100", 64): Tile(64, 32, 4, 2),
     ("dkdv", "small", 64): Tile(64, 32, 4, 2),
     ("dkdv", "hopper", 64): Tile(64, 128, 8, 2),
@@ -175,7 +182,7 @@ def tile_of(
         return _INTERPRETED[kernel]
     row = max(block_d, 64)
     if x.dtype == torch.float32:
-        return _FLOAT[kernel][row]
+        return _FLOAT[kernel][triton.next_power_of_2(row)]
     gpu = gpu_class(x)
     tile = _HALF[kernel, gpu][row]
     if x.shape[-1] != block_d:
@@ -192,6 +199,14 @@ def tile_of(
 def block_d_of(D: int) -> int:
     """The tile's width for a head dimension: a power of two that tensor cores take."""
     return max(16, triton.next_power_of_2(D))
+
+
+def chunks_of(D: int) -> tuple[int, int | None]:
+    """Widths of one tile or two that hold a head's products with the keys.
+
+    A head of 192 is 128 and 64: as one tile it would take 256.
+    """
+    return (128, block_d_of(D - 128)) if 128 < D <= 192 else (block_d_of(D), None)
 
 
 def described(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
@@ -211,12 +226,12 @@ def described(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
 
 
 @triton.jit
-def load_rows(descriptor, b, row, h, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(descriptor, b, row, h, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, col=0):
     """A (BLOCK, BLOCK_D) tile of one head through its descriptor; h None: it has no other head."""
     if h is None:
-        tile = descriptor.load([row, 0])
+        tile = descriptor.load([row, col])
     else:
-        tile = descriptor.load([b.to(tl.int32), row, h.to(tl.int32), 0]).reshape(BLOCK, BLOCK_D)
+        tile = descriptor.load([b.to(tl.int32), row, h.to(tl.int32), col]).reshape(BLOCK, BLOCK_D)
     return tile
 
 
