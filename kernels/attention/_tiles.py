@@ -48,7 +48,7 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
         256: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2),
     },
     ("forward", "blackwell"): {
-        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 192: Tile(128, 64, 8, 2),
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 192: Tile(128, 128, 8, 2),
         256: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2),
     },
     ("forward", "small"): {
