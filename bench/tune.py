@@ -1,8 +1,9 @@
 """Tries other tiles than those that ship, on this card, and keeps what is right and faster.
 
-Each choice of a tile is walked downhill: every field halved and doubled, the neighbours timed in
-turns with the tile so far, on to the fastest, until none is faster. A neighbour is timed only where
-its results and gradients hold the contract, and the winner is checked again on other inputs.
+Each choice of a tile is walked downhill: every field halved and doubled, or a switch thrown, the
+neighbours timed in turns with the tile so far, on to the fastest, until none is faster. A neighbour
+is timed only where its results and gradients hold the contract, and the winner is checked again on
+other inputs.
 """
 
 import datetime
@@ -63,9 +64,15 @@ def choices(setting: Setting, device: Bench) -> list[Choice]:
 
 
 def neighbours(tile: dict[str, int], fields: Sequence[str]) -> Iterator[dict[str, int]]:
-    """Tiles that differ in one field: half and twice of it, or one less and one more of a few."""
+    """Tiles that differ in one field: half and twice of it, or one less and one more of a few.
+
+    Of a switch there is only the other position.
+    """
     for name in fields:
         value = tile[name]
+        if isinstance(value, bool):
+            yield {**tile, name: not value}
+            continue
         few = name in ("stages", "num_stages", "per_multiprocessor")
         for other in (value - 1, value + 1) if few else (value // 2, value * 2):
             if other >= 1 and not ("warps" in name and other > 32):

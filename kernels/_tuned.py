@@ -39,8 +39,8 @@ _observer: Seen | None = None
 def tunable(*fields: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Marks a function that gives a tile, a dict or a named tuple, of which ``fields`` may change.
 
-    A change must leave results right whatever it is: the caller derives grid and buffers from the
-    tile that it is given.
+    A field that is None is not one of this tile's. A change must leave results right whatever it
+    is: the caller derives grid and buffers from the tile that it is given.
     """
 
     def decorate(choose: Callable[P, R]) -> Callable[P, R]:
@@ -73,7 +73,8 @@ def _word(value: Any) -> str:
 
 
 def _fields(tile: Any) -> Tile:
-    return dict(tile) if isinstance(tile, Mapping) else tile._asdict()
+    fields = dict(tile) if isinstance(tile, Mapping) else tile._asdict()
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _replaced(tile: Any, key: str, fields: tuple[str, ...]) -> Any:

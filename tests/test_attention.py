@@ -8,8 +8,16 @@ import torch.nn.functional as F
 from harness import assert_bitwise_equal, assert_within_contract, check, doubled, outcome
 from memory_check import interp_check
 
-from fastlm.kernels import OPS, backend, explain, flash_attention, scaled_dot_product_attention
+from fastlm.kernels import (
+    OPS,
+    _tuned,
+    backend,
+    explain,
+    flash_attention,
+    scaled_dot_product_attention,
+)
 from fastlm.kernels._dispatch import cpu_runner
+from fastlm.kernels.attention import _tiles, forward, specialised
 
 pytestmark = pytest.mark.usefixtures("kernels")
 CPU = torch.device("cpu")
@@ -63,6 +71,11 @@ def test_lengths(S_q, S_k, causal):
 @pytest.mark.parametrize("D", [1, 7, 24, 59, 80, 96, 111, 128, 192, 256])
 def test_head_dimensions(D):
     check(OP, inputs(S_q=19, S_k=35, D=D, causal=True, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("D", [136, 192])
+def test_heads_of_two_tiles(D):
+    check(OP, inputs(S_q=19, S_k=35, D=D, D_v=24, causal=True, dtype=torch.float16))
 
 
 @pytest.mark.parametrize(("D", "D_v"), [(300, 300), (512, 24)])
@@ -285,22 +298,18 @@ def test_offsets_past_2_to_the_31(lazy_memory):
         assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("D", [16, 40])
+@pytest.mark.parametrize("D", [16, 40, 136])
 @pytest.mark.parametrize("causal", [False, True])
 def test_through_descriptors(monkeypatch, causal, D):
     """Tiles read by TMA, as on Hopper and Blackwell."""
-    from fastlm.kernels.attention import _tiles
-
     given = inputs(B=2, S_q=35, S_k=53, H=2, H_kv=1, D=D, causal=causal, dtype=torch.float16)
-    monkeypatch.setattr(_tiles, "_INTERPRETED_TMA", True)
+    monkeypatch.setattr(_tiles, "_INTERPRETED_CLASS", "hopper")
     assert _tiles.described(given["k"].detach(), 16, _tiles.block_d_of(D)) is not None
     check(OP, given)
 
 
 def test_what_descriptors_cannot_address_goes_through_pointers(monkeypatch):
-    from fastlm.kernels.attention import _tiles
-
-    monkeypatch.setattr(_tiles, "_INTERPRETED_TMA", True)
+    monkeypatch.setattr(_tiles, "_INTERPRETED_CLASS", "hopper")
     plain = torch.randn(2, 20, 2, 16).half()
     assert _tiles.described(plain, 16, 16) is not None
     assert _tiles.described(plain.float(), 16, 16) is None
@@ -310,6 +319,77 @@ def test_what_descriptors_cannot_address_goes_through_pointers(monkeypatch):
         _tiles.described(torch.randn(2 * 20 * 32 + 1).half()[1:].view(2, 20, 2, 16), 16, 16) is None
     )
     assert _tiles.described(plain[:1, :, :1], 16, 16) is not None  # of size 1: any stride
+
+
+FORWARD_TILE = "forward: tile_of(forward, float16 16, 16, False, False)"
+SPECIALISED = {FORWARD_TILE: {"m": 128, "specialised": True}}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "causal", "S_k", "form"),
+    [
+        ("hopper", False, 48, (True, True)),
+        ("hopper", False, 53, (True, False)),
+        ("hopper", True, 53, (True, False)),
+        ("blackwell", True, 53, (False, False)),
+    ],
+)
+def test_specialised_forms(monkeypatch, gpu, causal, S_k, form):
+    """What runs in parts on several warps gives the same; the interpreter runs it as one."""
+    monkeypatch.setattr(_tiles, "_INTERPRETED_CLASS", gpu)
+    forms = []
+
+    def launched(key, q, launch):
+        forms.append(key[-1])
+        return specialised.launched(key, q, launch)
+
+    monkeypatch.setattr(forward, "launched", launched)
+    with _tuned.trial(SPECIALISED):
+        check(OP, inputs(B=2, S_q=35, S_k=S_k, H=2, H_kv=1, D=16, causal=causal, dtype=torch.half))
+    assert set(forms) == {form}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"window_size": (4, 0)}, {"softcap": 3.0}, {"D": 256}, {"S_k": 1}, {"dtype": torch.float32}],
+    ids=str,
+)
+def test_what_has_no_specialised_form_runs_plainly(monkeypatch, options):
+    monkeypatch.setattr(_tiles, "_INTERPRETED_CLASS", "hopper")
+    monkeypatch.setattr(forward, "launched", None)
+    given = {"S_k": 20, "D": 16, "dtype": torch.half} | options
+    given = inputs(B=1, S_q=20, H=1, H_kv=1, **given)
+    tile = _tiles.Tile(128, 16, 4, 1, True)
+    monkeypatch.setattr(_tiles, "_INTERPRETED", dict.fromkeys(("forward", "dkdv", "dq"), tile))
+    out = flash_attention(**{k: getattr(v, "detach", lambda v=v: v)() for k, v in given.items()})
+    assert torch.isfinite(out).all()
+
+
+def test_a_specialised_form_that_does_not_compile_is_asked_once(monkeypatch):
+    monkeypatch.setattr(_tiles, "_INTERPRETED_CLASS", "hopper")
+    monkeypatch.setattr(specialised, "_refused", set())
+    real, asked = forward._forward_kernel, []
+
+    class Refusing:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                asked.append(options["SPECIALISED"])
+                if options["SPECIALISED"]:
+                    raise RuntimeError("PassManager::run failed")
+                return real[grid](*args, **options)
+
+            return launch
+
+    q = torch.randn(1, 35, 1, 16).half()
+    plain = flash_attention(q, q, q, causal=True)
+    monkeypatch.setattr(forward, "_forward_kernel", Refusing())
+    with _tuned.trial(SPECIALISED):
+        with pytest.warns(UserWarning, match="does not compile.*PassManager"):
+            first = flash_attention(q, q, q, causal=True)
+        second = flash_attention(q, q, q, causal=True)
+    assert asked == [True, False, False]
+    torch.testing.assert_close(first, plain)
+    assert torch.equal(first, second)
 
 
 # --- the drop-in --------------------------------------------------------------------------------

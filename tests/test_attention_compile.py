@@ -7,9 +7,11 @@ import torch
 import triton
 
 from fastlm.bench import capture
+from fastlm.bench.compile import compile_all
 from fastlm.bench.machine_code import read
+from fastlm.bench.rules import refusals
 from fastlm.bench.sass.parse import machine_code as code_of
-from fastlm.kernels import flash_attention
+from fastlm.kernels import _tuned, flash_attention
 from fastlm.kernels.attention import backward, forward, gradients
 
 SHARED = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "sm120": 101376}
@@ -60,6 +62,36 @@ def test_heads_of_8_times_an_odd_number_are_copied_wide():
         if launch.name != "rows_kernel":
             opcodes = capture.sass_ops(launch.compile())
             assert any(re.match(r"LDGSTS.*128", op) for op in opcodes), launch
+
+
+# --- warp-specialised forms ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "warps", "causal", "D", "tensor"),
+    [
+        ("sm90", 12, False, 128, "HGMMA"),
+        ("sm90", 12, True, 128, "HGMMA"),
+        ("sm90", 12, True, 64, "HGMMA"),
+        ("sm100", 20, True, 128, "UTCHMMA"),
+        ("sm100", 16, False, 64, "UTCHMMA"),
+    ],
+)
+def test_specialised_forms_compile_and_specialise(target, warps, causal, D, tensor):
+    q, k, v = (leaf(1, 512, 2, D).detach() for _ in "qkv")
+    tiles = {f"forward: tile_of(forward, bfloat16 {D}, {D}, False, False)": {"specialised": True}}
+    with _tuned.trial(tiles), capture.capture_launches(target) as cap:
+        flash_attention(q, k, v, causal=causal)
+    (launch,) = cap.unique()
+    arch = launch.target.arch
+    (found,) = compile_all([(launch, arch)], processes=1)
+    assert refusals(found) == []  # a failure to compile has no code, and raises
+    assert found.code.warps == warps  # some that copy and multiply beside those asked for
+    assert set(found.code.tensor) == {tensor}
+    assert found.code.count("USETMAXREG") > 0
+    assert found.code.count("UTMALDG") >= 4
+    assert found.code.stack <= 16
+    assert found.code.registers <= 168
 
 
 # --- what is off costs nothing ------------------------------------------------------------------

@@ -63,7 +63,7 @@ def test_equals_flash_attention():
     torch.testing.assert_close(o, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("page", [0, 16])
+@pytest.mark.parametrize("page", [0, 16, 64])
 def test_nan_past_the_end_is_never_read(page):
     given = example(page=page, num_splits=2)
     poisoned = clones(given)
@@ -86,8 +86,9 @@ def test_nan_past_the_end_is_never_read(page):
         assert torch.equal(got[name], want[name])
 
 
-def test_a_page_number_out_of_range_hides_its_tokens():
-    given = example(page=16)
+@pytest.mark.parametrize("page", [16, 64])
+def test_a_page_number_out_of_range_hides_its_tokens(page):
+    given = example(page=page)
     given["block_table"][0, 1] = 10**6
     given["block_table"][2, 0] = -1
     with interp_check():

@@ -159,6 +159,19 @@ def test_a_broken_cache_is_named_and_left_alone(device, text):
         bench("tune", "--op", "layer_norm")
 
 
+def test_a_switch_is_thrown_where_the_tile_has_one():
+    fields = ("stages", "specialised")
+    tile = {"stages": 1, "specialised": False}
+    assert list(tune.neighbours(tile, fields)) == [
+        {"stages": 2, "specialised": False},
+        {"stages": 1, "specialised": True},
+    ]
+    seen = []
+    with _tuned.observed(lambda key, tile, fields: seen.append((tile, fields))):
+        _tuned.tunable(*fields)(lambda x: {"stages": x, "specialised": None})(3)
+    assert seen == [({"stages": 3}, ("stages",))]
+
+
 REAL = {  # op: size, and each choice that it makes with the pass that times it
     "layer_norm": (
         {"M": 9, "N": 70},

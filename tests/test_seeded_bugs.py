@@ -19,6 +19,7 @@ import test_adamw
 import test_adamw_options
 import test_add_norm
 import test_attention
+import test_attention_decode
 import test_attention_options
 import test_cross_entropy
 import test_dropout
@@ -111,6 +112,8 @@ FLOAT64 = test_ops.test_matches_float64_by_the_contract
 MEMORY = test_ops.test_reads_and_writes_only_its_tensors
 STRIDES = test_ops.test_any_strides_give_the_same_answer
 LARGE_LOGITS = test_attention.test_large_logits
+TWO_TILES = test_attention.test_heads_of_two_tiles
+PAGES = test_attention_decode.test_dtypes
 HIDDEN_ROWS = test_attention_options.test_rows_that_a_bias_hides_whole
 OWN_STRIDES = test_add_norm.test_each_tensor_has_its_own_strides
 WIDE_DROPOUT = test_add_norm.test_dropout_of_narrow_and_of_wide_rows
@@ -173,6 +176,7 @@ ATTENTION = [
     (FLASH, "forward:_attend", "l_i = l_i * alpha +", "l_i = l_i +", FLOAT64),
     (FLASH, "forward:_attend", "acc = acc * alpha[:, None]", "acc = acc * 1.0", FLOAT64),
     (FLASH, "forward:_attend", 'tl.where(m_new == float("-inf"), 0.0, m_new)', "m_new", FLOAT64),
+    (FLASH, "forward:_attend", "qk = dot(q_rest, k, qk)", "pass", TWO_TILES),
     (FLASH, "forward:_forward_kernel", "h_kv = h // GROUP", "h_kv = h % (H // GROUP)", FLOAT64),
     (FLASH, "forward:_forward_kernel", "offs_m, lse, mask=mask_m)", "offs_m, lse)", MEMORY),
     (FLASH, "forward:_forward_kernel", "- tl.math.log2(l_safe)", "", FLOAT64),
@@ -197,6 +201,7 @@ ATTENTION = [
     (RAGGED, "_scores:locate", "+ middle <= t", "+ middle < t", FLOAT64),
     (RAGGED, "forward:_forward_kernel", "k_ptr += start_k * stride_kn", "pass", FLOAT64),
     (DECODE, "splits:_decode_kernel", "start = begin + split * share", "start = begin", FLOAT64),
+    (DECODE, "splits:_decode_kernel", "n % PAGE + offs_n", "offs_n", PAGES),
     (DECODE, "splits:_decode_kernel", "cols < length", "cols < capacity", FLOAT64),
     (DECODE, "splits:_merge_kernel", 'other=float("-inf")', "other=0.0", FLOAT64),
 ]  # fmt: skip

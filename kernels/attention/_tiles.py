@@ -25,6 +25,7 @@ class Tile(NamedTuple):
     n: int
     warps: int
     stages: int
+    specialised: bool | None = None  # see specialised.py; None where the kernel has no such form
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
@@ -39,20 +40,20 @@ class Tile(NamedTuple):
 # (kernel, GPU class) -> {BLOCK_D: tile} for 16-bit inputs; unmeasured
 _HALF: dict[tuple[str, str], dict[int, Tile]] = {
     ("forward", "a100"): {
-        64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2),
-        512: Tile(32, 32, 8, 2),
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 192: Tile(128, 64, 8, 2),
+        256: Tile(64, 64, 8, 2), 512: Tile(32, 32, 8, 2),
     },
     ("forward", "hopper"): {
-        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2),
-        512: Tile(64, 32, 8, 2),
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 192: Tile(128, 128, 8, 2),
+        256: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2),
     },
     ("forward", "blackwell"): {
-        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2),
-        512: Tile(64, 32, 8, 2),
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 192: Tile(128, 128, 8, 2),
+        256: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2),
     },
     ("forward", "small"): {
-        64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2),
-        512: Tile(32, 32, 8, 2),
+        64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 192: Tile(128, 32, 8, 2),
+        256: Tile(64, 32, 8, 2), 512: Tile(32, 32, 8, 2),
     },
     ("dkdv", "a100"): {
         64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2),
@@ -82,6 +83,7 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
 
 # Where D is not BLOCK_D the masks of the loads take registers: smaller tiles; unmeasured
 _HALF_PADDED: dict[tuple[str, str, int], Tile] = {
+    ("forward", "a100", 128): Tile(128, 64, 8, 3),
     ("forward", "small", 128): Tile(128, 32, 8, 2),
     ("dkdv", "hopper", 64): Tile(64, 128, 8, 2),
     ("dkdv", "hopper", 128): Tile(64, 64, 8, 2),
@@ -91,8 +93,10 @@ _HALF_PADDED: dict[tuple[str, str, int], Tile] = {
     ("dq", "blackwell", 64): Tile(128, 64, 8, 2),
 }
 
-# The same where a band has two edges, which make a third loop, or dq sums what sinks need
+# The same where a band has two edges, which make a third loop, dq sums what sinks need, or forward
+# is anything but plain, dense, and with k and v laid out alike in rows of 16 bytes a copy
 _HALF_BUSY: dict[tuple[str, str, int], Tile] = {
+    ("forward", "a100", 128): Tile(128, 64, 8, 3),
     ("dq", "hopper", 128): Tile(128, 64, 8, 2),
 }
 
@@ -107,6 +111,10 @@ _CROWDED: dict[tuple[str, str, int], Tile] = {
     ("forward", "small", 128): Tile(64, 32, 8, 2),
     ("forward", "hopper", 128): Tile(128, 32, 8, 2),
     ("forward", "blackwell", 128): Tile(128, 32, 8, 1),
+    ("forward", "a100", 192): Tile(64, 32, 8, 2),
+    ("forward", "small", 192): Tile(64, 32, 8, 2),
+    ("forward", "hopper", 192): Tile(128, 32, 8, 2),
+    ("forward", "blackwell", 192): Tile(128, 32, 8, 1),
     ("dkdv", "a100", 64): Tile(64, 32, 4, 2),
     ("dkdv", "small", 64): Tile(64, 32, 4, 2),
     ("dkdv", "hopper", 64): Tile(64, 128, 8, 2),
@@ -133,7 +141,7 @@ _INTERPRETED = {
     "dkdv": Tile(16, 32, 4, 1),
     "dq": Tile(32, 16, 4, 1),
 }
-_INTERPRETED_TMA = False  # pointers, as on most GPUs; tests turn it
+_INTERPRETED_CLASS = "a100"  # pointers, as on most GPUs; tests change it
 
 
 def _class_of(arch: int) -> str:
@@ -156,10 +164,12 @@ def gpu_class(x: Tensor) -> str:
     """The class of the GPU where ``x`` lives, or that is compiled for."""
     if x.is_cuda:
         return _class_of_device(x.device.index)
+    if _dispatch._cpu_runner == "interpreter":
+        return _INTERPRETED_CLASS
     return _class_of(driver.active.get_current_target().arch)
 
 
-@tunable("m", "n", "warps", "stages")
+@tunable("m", "n", "warps", "stages", "specialised")
 def tile_of(
     kernel: str, x: Tensor, block_d: int, *, busy: bool = False, crowded: bool = False
 ) -> Tile:
@@ -172,7 +182,7 @@ def tile_of(
         return _INTERPRETED[kernel]
     row = max(block_d, 64)
     if x.dtype == torch.float32:
-        return _FLOAT[kernel][row]
+        return _FLOAT[kernel][triton.next_power_of_2(row)]
     gpu = gpu_class(x)
     tile = _HALF[kernel, gpu][row]
     if x.shape[-1] != block_d:
@@ -180,7 +190,9 @@ def tile_of(
     if busy:
         tile = _HALF_BUSY.get((kernel, gpu, row), tile)
     if crowded:
-        tile = _CROWDED.get((kernel, gpu, row), tile._replace(warps=8))
+        return _CROWDED.get((kernel, gpu, row), tile._replace(warps=8))
+    if kernel == "forward" and row <= 128 and gpu in ("hopper", "blackwell"):
+        return tile._replace(specialised=False)  # off until a card has measured it
     return tile
 
 
@@ -189,12 +201,22 @@ def block_d_of(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
 
+def chunks_of(D: int) -> tuple[int, int | None]:
+    """Widths of one tile or two that hold a head's products with the keys.
+
+    A head of 192 is 128 and 64: as one tile it would take 256.
+    """
+    return (128, block_d_of(D - 128)) if 128 < D <= 192 else (block_d_of(D), None)
+
+
 def described(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
     """``x`` (B, S, H, D) as a TMA descriptor of tiles of rows, where the GPU and the strides allow.
 
     A descriptor spares the loop its addresses and masks: reads past S or D give 0.
     """
-    if x.dtype == torch.float32 or x.numel() == 0 or not _has_tma(x):
+    if x.dtype == torch.float32 or x.numel() == 0:
+        return None
+    if gpu_class(x) not in ("hopper", "blackwell"):
         return None
     # of a dimension of size 1 the stride is free
     strides = [s if n > 1 else block_d for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
@@ -203,16 +225,14 @@ def described(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, block_d])
 
 
-def _has_tma(x: Tensor) -> bool:
-    if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
-        return _INTERPRETED_TMA
-    return gpu_class(x) in ("hopper", "blackwell")
-
-
 @triton.jit
-def load_rows(descriptor, b, row, h, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A (BLOCK, BLOCK_D) tile of one head through its descriptor."""
-    return descriptor.load([b.to(tl.int32), row, h.to(tl.int32), 0]).reshape(BLOCK, BLOCK_D)
+def load_rows(descriptor, b, row, h, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, col=0):
+    """A (BLOCK, BLOCK_D) tile of one head through its descriptor; h None: it has no other head."""
+    if h is None:
+        tile = descriptor.load([row, col])
+    else:
+        tile = descriptor.load([b.to(tl.int32), row, h.to(tl.int32), col]).reshape(BLOCK, BLOCK_D)
+    return tile
 
 
 @triton.jit

@@ -7,6 +7,7 @@ For each tile of queries, over tiles of keys, with scores s in base 2:
 
 then o = acc / l and lse = (m + log2 l) ln 2. A sink joins l at the end. Tiles that every query of
 the tile sees whole are taken without a mask; those on the edge of the band, and the tail, with one.
+Its warp-specialised forms are in specialised.py.
 
 Of float32 inputs the rounding of a large lse would show in the backward's e^(s - lse): a factor a
 row, gain, takes it out. Half precision does not see it.
@@ -16,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._scores import (
     LN_2,
@@ -35,49 +37,65 @@ from ._scores import (
     tiles_of,
     visited,
 )
-from ._tiles import block_d_of, described, dot, load_rows, load_tile, tile_of
+from ._tiles import block_d_of, chunks_of, described, dot, load_rows, load_tile, tile_of
+from .specialised import form_of, launched
 
 # --- kernels ------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _attend(
-    acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, start, stop,
+    acc, l_i, m_i, q, q_rest, k_ptr, k_rest_ptr, v_ptr, b, h_kv, start, stop,
     stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale, score, slope, bias_ptr, head, seed,
-    blocks, list_ptr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    blocks, list_ptr, MASKED: tl.constexpr, ALIKE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr,
 ):  # fmt: skip
     """The running softmax over keys start..stop, taken a tile at a time."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    k_offs = offs_n[None, :] * stride_kn + offs_d[:, None]
-    v_offs = offs_n[:, None] * stride_vn + offs_dv[None, :]
-    mask_d = (offs_d < HEAD_DIM)[:, None]
+    k_offs = offs_n[:, None] * stride_kn + offs_d[None, :]
+    v_offs = k_offs  # shared, they take half the registers
+    if not ALIKE:
+        v_offs = offs_n[:, None] * stride_vn + offs_dv[None, :]
+    mask_d = (offs_d < HEAD_DIM)[None, :]
     mask_dv = (offs_dv < HEAD_DIM_V)[None, :]
     factor = 1.0 if is_shaped(score) else scale * LOG2_E
-    for t in tl.range(start, stop, BLOCK_N):
+    for t in tl.range(start, stop, BLOCK_N, warp_specialize=SPECIALISED):
         n = tl.multiple_of(listed(t, blocks, list_ptr), BLOCK_N)
         mask_n = n + offs_n < S_k
         if TMA:
             k = load_rows(k_ptr, b, n, h_kv, BLOCK_N, BLOCK_D).T
         else:
             k_ptrs = k_ptr + tl.cast(n, tl.int64) * stride_kn + k_offs
-            k = load_tile(k_ptrs, mask_n[None, :], mask_d, MASKED, HEAD_DIM != BLOCK_D)
+            k = load_tile(k_ptrs, mask_n[:, None], mask_d, MASKED, HEAD_DIM < BLOCK_D).T
+        qk = dot(q, k)
+        if BLOCK_E is not None:
+            if TMA:
+                k = load_rows(k_rest_ptr, b, n, h_kv, BLOCK_N, BLOCK_E, BLOCK_D).T
+            else:
+                offs_e = BLOCK_D + tl.arange(0, BLOCK_E)[None, :]
+                k_ptrs = k_ptr + tl.cast(n, tl.int64) * stride_kn + offs_n[:, None] * stride_kn
+                k = load_tile(
+                    k_ptrs + offs_e, mask_n[:, None], offs_e < HEAD_DIM, MASKED,
+                    HEAD_DIM < BLOCK_D + BLOCK_E,
+                ).T  # fmt: skip
+            qk = dot(q_rest, k, qk)
         rows = offs_m[:, None]
         cols = (n + offs_n)[None, :]
-        s, _ = shape_scores(dot(q, k), rows, cols, slope, bias_ptr, S_q, S_k, scale, score)
+        s, _ = shape_scores(qk, rows, cols, slope, bias_ptr, S_q, S_k, scale, score)
         if MASKED:
             s = tl.where(seen_keys(rows, cols, left, right, S_k), s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         # -inf - -inf would be NaN where a row has seen no key yet
         m_scaled = tl.where(m_new == float("-inf"), 0.0, m_new) * factor
-        p = tl.math.exp2(s * factor - m_scaled[:, None])
         alpha = tl.math.exp2(m_i * factor - m_scaled)
+        acc = acc * alpha[:, None]  # before p: after it, ptxas (CUDA 12.8) spills on sm_80
+        p = tl.math.exp2(s * factor - m_scaled[:, None])
         l_i = l_i * alpha + tl.sum(p, 1)
         if score.dropout_p is not None:
             p = tl.where(kept(rows, cols, head, seed, score), p, 0.0)
-        acc = acc * alpha[:, None]
         if TMA:
             v = load_rows(v_ptr, b, n, h_kv, BLOCK_N, BLOCK_DV)
         else:
@@ -90,13 +108,14 @@ def _attend(
 
 @triton.jit(do_not_specialize=["left", "right"])
 def _forward_kernel(  # noqa: C901, PLR0915
-    q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, gain_ptr, cu_seqlens_q, cu_seqlens_k, sinks_ptr, score,
-    blocks, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
+    q_ptr, k_ptr, k_rest_ptr, v_ptr, o_ptr, lse_ptr, gain_ptr, cu_seqlens_q, cu_seqlens_k,
+    sinks_ptr, score, blocks, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_ob, stride_om, stride_oh,
     B, H, S_q, S_k, left, right, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIKE: tl.constexpr, TMA: tl.constexpr,
+    SPECIALISED: tl.constexpr, ONE_LOOP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Ragged batches lie end to end in batch 0."""
     pid = tl.program_id(0)
@@ -136,8 +155,22 @@ def _forward_kernel(  # noqa: C901, PLR0915
     offs_dv = tl.arange(0, BLOCK_DV)
     rows = offs_m.to(tl.int64)[:, None]
     mask_m = offs_m < S_q
-    q_ptrs = q_ptr + h * stride_qh + rows * stride_qm + offs_d[None, :]
-    q = load_tile(q_ptrs, mask_m[:, None], (offs_d < HEAD_DIM)[None, :], True, HEAD_DIM != BLOCK_D)
+    q_ptr += h * stride_qh
+    q_rest = None
+    if ONE_LOOP:
+        q_tiles = tl.make_tensor_descriptor(
+            q_ptr, [S_q, HEAD_DIM], [stride_qm, 1], [BLOCK_M, BLOCK_D]
+        )
+        q = load_rows(q_tiles, None, first, None, BLOCK_M, BLOCK_D)
+    else:
+        q_ptrs = q_ptr + rows * stride_qm + offs_d[None, :]
+        mask_d = (offs_d < HEAD_DIM)[None, :]
+        q = load_tile(q_ptrs, mask_m[:, None], mask_d, True, HEAD_DIM < BLOCK_D)
+    if BLOCK_E is not None:
+        offs_e = BLOCK_D + tl.arange(0, BLOCK_E)[None, :]
+        q_ptrs = q_ptr + rows * stride_qm + offs_e
+        mask_e = offs_e < HEAD_DIM
+        q_rest = load_tile(q_ptrs, mask_m[:, None], mask_e, True, HEAD_DIM < BLOCK_D + BLOCK_E)
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -149,30 +182,50 @@ def _forward_kernel(  # noqa: C901, PLR0915
     if blocks is not None:
         count, list_ptr = visited(blocks, b, h, first // SPARSE)
         acc, l_i, m_i = _attend(
-            acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, 0, count * SPARSE,
+            acc, l_i, m_i, q, q_rest, k_ptr, k_rest_ptr, v_ptr, b, h_kv, 0, count * SPARSE,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, blocks, list_ptr,
-            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
+            True, ALIKE, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_E, BLOCK_DV, BLOCK_N, TMA,
+            SPECIALISED,
+        )  # fmt: skip
+    elif ONE_LOOP:
+        k_tiles = tl.make_tensor_descriptor(
+            k_ptr, [S_k, HEAD_DIM], [stride_kn, 1], [BLOCK_N, BLOCK_D]
+        )
+        v_tiles = tl.make_tensor_descriptor(
+            v_ptr, [S_k, HEAD_DIM_V], [stride_vn, 1], [BLOCK_N, BLOCK_DV]
+        )
+        acc, l_i, m_i = _attend(
+            acc, l_i, m_i, q, None, k_tiles, None, v_tiles, None, None, begin, end,
+            stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
+            score, slope, bias_ptr, head, seed, None, 0,
+            not WHOLE, ALIKE, HEAD_DIM, HEAD_DIM_V, BLOCK_D, None, BLOCK_DV, BLOCK_N, True,
+            SPECIALISED,
         )  # fmt: skip
     else:
         if left is not None:
             acc, l_i, m_i = _attend(
-                acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, begin, tl.minimum(full_begin, end),
+                acc, l_i, m_i, q, q_rest, k_ptr, k_rest_ptr, v_ptr, b, h_kv, begin,
+                tl.minimum(full_begin, end),
                 stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
                 score, slope, bias_ptr, head, seed, None, 0,
-                True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
+                True, ALIKE, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_E, BLOCK_DV, BLOCK_N, TMA,
+            SPECIALISED,
             )  # fmt: skip
         acc, l_i, m_i = _attend(
-            acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, full_begin, full_end,
+            acc, l_i, m_i, q, q_rest, k_ptr, k_rest_ptr, v_ptr, b, h_kv, full_begin, full_end,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, None, 0,
-            False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
+            False, ALIKE, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_E, BLOCK_DV, BLOCK_N, TMA,
+            SPECIALISED,
         )  # fmt: skip
         acc, l_i, m_i = _attend(
-            acc, l_i, m_i, q, k_ptr, v_ptr, b, h_kv, tl.maximum(full_begin, full_end), end,
+            acc, l_i, m_i, q, q_rest, k_ptr, k_rest_ptr, v_ptr, b, h_kv,
+            tl.maximum(full_begin, full_end), end,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, None, 0,
-            True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
+            True, ALIKE, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_E, BLOCK_DV, BLOCK_N, TMA,
+            SPECIALISED,
         )  # fmt: skip
 
     if not is_shaped(score):
@@ -309,18 +362,41 @@ def forward(
     q, k, v = rows_aligned(q), rows_aligned(k), rows_aligned(v)
     sinks = None if sinks is None else sinks.contiguous()
     left, right = band(left, right, S_q, S_k, cu_seqlens_q)
-    block_d, block_dv = block_d_of(D), block_d_of(D_v)
-    tile = tile_of("forward", q, max(block_d, block_dv), crowded=bias is not None or dropout_p > 0)
+    (block_d, block_e), block_dv = chunks_of(D), block_d_of(D_v)
+    width = max(block_d + (64 if block_e else 0), block_dv)
+    alike = D_v == D and block_e is None and k.stride(1) == v.stride(1)
+    score = score_of(softcap, slopes, bias, dropout_p, seed)
+    plain = left is None and block_mask is None and all(option is None for option in score)
+    numbers = (k.data_ptr(), v.data_ptr(), *k.stride()[:3], *v.stride()[:3])
+    wide = not any(n % 16 for n in numbers)  # copies of 16 bytes, by what Triton knows of these
+    busy = not (plain and alike and wide and cu_seqlens_q is None)
+    crowded = bias is not None or dropout_p > 0
+    tile = tile_of("forward", q, width, busy=busy, crowded=crowded)
     # descriptors pay in this kernel alone: dq and dkdv compile to more instructions with them
     k_tiles, v_tiles = described(k, tile.n, block_d), described(v, tile.n, block_dv)
     tma = cu_seqlens_q is None and k_tiles is not None and v_tiles is not None
-    _forward_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
-        q, k_tiles if tma else k, v_tiles if tma else v, o, lse, gain if gain.numel() else None,
-        cu_seqlens_q, cu_seqlens_k, sinks,
-        score_of(softcap, slopes, bias, dropout_p, seed), blocks_of(block_mask),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-        B, H, S_q, S_k, left, right, scale,
-        GROUP=H // H_kv, HEAD_DIM=D, HEAD_DIM_V=D_v, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        TMA=tma, **tile.options(),
+    k_rest = described(k, tile.n, block_e) if block_e is not None and tma else None
+    grid = (tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)
+
+    def launch(k_given: Tensor | TensorDescriptor, v_given: Tensor | TensorDescriptor, **options):
+        _forward_kernel[grid](
+            q, k_given, k_rest, v_given, o, lse, gain if gain.numel() else None,
+            cu_seqlens_q, cu_seqlens_k, sinks, score, blocks_of(block_mask),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
+            B, H, S_q, S_k, left, right, scale,
+            GROUP=H // H_kv, HEAD_DIM=D, HEAD_DIM_V=D_v, BLOCK_D=block_d, BLOCK_E=block_e,
+            BLOCK_DV=block_dv, ALIKE=alike, **options,
+        )  # fmt: skip
+
+    if tile.specialised and tma and plain:
+        form = form_of(tile, q, k_tiles, v_tiles, right)
+        given = (k, v) if form and form.one_loop else (k_tiles, v_tiles)
+        if form and launched(
+            (D, D_v, right is None, tile, form), q, lambda: launch(*given, **form.options(tile))
+        ):
+            return o, lse, gain
+    launch(
+        k_tiles if tma else k, v_tiles if tma else v,
+        TMA=tma, SPECIALISED=False, ONE_LOOP=False, WHOLE=False, **tile.options(),
     )  # fmt: skip
     return o, lse, gain

@@ -82,15 +82,19 @@ def _decode_kernel(  # noqa: C901, PLR0915
     for n in tl.range(start, end, BLOCK_N):
         cols = n + offs_n
         readable = cols < length
+        page = b
+        rows_n = cols.to(tl.int64)
         if table_ptr is not None:
-            slots = table_ptr + b * stride_tb + cols // PAGE
-            page = tl.load(slots, mask=readable, other=-1).to(tl.int64)
+            if PAGE % BLOCK_N == 0:  # the tile lies in one page, which all threads look up at once
+                page = tl.load(table_ptr + b * stride_tb + n // PAGE).to(tl.int64)
+                rows_n = n % PAGE + offs_n.to(tl.int64)
+            else:
+                slots = table_ptr + b * stride_tb + cols // PAGE
+                page = tl.load(slots, mask=readable, other=-1).to(tl.int64)
+                rows_n = (cols % PAGE).to(tl.int64)
             readable = readable & (page >= 0) & (page < pages)
-            k_rows = page * stride_kb + (cols % PAGE).to(tl.int64) * stride_kn
-            v_rows = page * stride_vb + (cols % PAGE).to(tl.int64) * stride_vn
-        else:
-            k_rows = b * stride_kb + cols.to(tl.int64) * stride_kn
-            v_rows = b * stride_vb + cols.to(tl.int64) * stride_vn
+        k_rows = page * stride_kb + rows_n * stride_kn
+        v_rows = page * stride_vb + rows_n * stride_vn
         k_ptrs = k_ptr + h_kv * stride_kh + k_rows[None, :] + offs_d[:, None]
         k = load_tile(k_ptrs, readable[None, :], mask_d[:, None], True, HEAD_DIM != BLOCK_D)
         rows = offs_m[:, None]
