@@ -203,6 +203,17 @@ def described(x: Tensor, rows: int, block_d: int) -> TensorDescriptor | None:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, block_d])
 
 
+def starts_full(x: Tensor) -> bool:
+    """Whether a product may start from a tile of numbers, which spares their sum after it.
+
+    mma.sync and WGMMA accumulate in registers. Tensor memory would be written first: with it dq of
+    64 dimensions has 10 % more instructions on sm_100 (Triton 3.7.1).
+    """
+    if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
+        return True
+    return gpu_class(x) != "blackwell"
+
+
 def _has_tma(x: Tensor) -> bool:
     if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
         return _INTERPRETED_TMA
