@@ -154,10 +154,11 @@ def _gather_dkdv(
             pT *= tl.load(gain_ptr + stats, mask=mask_m, other=1.0)[None, :]
         dv = dot(dropped(pT, rows, cols, head, seed, score).to(do.dtype), do, dv)
         if DELTA_FIRST:
-            dpT = dot(v, do.T, tl.broadcast_to(minus_delta[None, :], pT.shape))
-        else:
-            dpT = dropped(dot(v, do.T), rows, cols, head, seed, score) + minus_delta[None, :]
-        dsT = pT * dpT * slack
+            dsT = pT * dot(v, do.T, tl.broadcast_to(minus_delta[None, :], pT.shape))
+        else:  # a sum alone Triton would fold into the product
+            dpT = dropped(dot(v, do.T), rows, cols, head, seed, score)
+            dsT = tl.fma(pT, dpT, pT * minus_delta[None, :])
+        dsT *= slack
         dk = dot(dsT.to(q.dtype), q, dk)
     return dk, dv
 
@@ -294,13 +295,13 @@ def _gather_dq(
         if MASKED:
             p = tl.where(seen_keys(rows, cols, left, right, S_k), p, 0.0)
         if DELTA_FIRST and not SUMS:
-            dp = dot(do, v.T, tl.broadcast_to(minus_delta[:, None], p.shape))
+            ds = p * dot(do, v.T, tl.broadcast_to(minus_delta[:, None], p.shape))
         else:
             dp = dropped(dot(do, v.T), rows, cols, head, seed, score)
             if SUMS:
                 sums += tl.sum(p * dp, 1)
-            dp += minus_delta[:, None]
-        ds = p * dp * slack
+            ds = tl.fma(p, dp, p * minus_delta[:, None])
+        ds *= slack
         dq = dot(ds.to(k.dtype), k, dq)
     return dq, sums
 
