@@ -70,7 +70,7 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
         64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2),
     },
     ("dq", "hopper"): {
-        64: Tile(64, 128, 4, 2), 128: Tile(128, 128, 8, 2), 256: Tile(128, 32, 8, 2),
+        64: Tile(64, 128, 4, 2), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2),
     },
     ("dq", "blackwell"): {
         64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2),
@@ -91,9 +91,9 @@ _HALF_PADDED: dict[tuple[str, str, int], Tile] = {
     ("dq", "blackwell", 64): Tile(128, 64, 8, 2),
 }
 
-# The same where a band has two edges, which make a third loop, or dq sums what sinks need
-_HALF_BUSY: dict[tuple[str, str, int], Tile] = {
-    ("dq", "hopper", 128): Tile(128, 64, 8, 2),
+# A ragged batch keeps in registers what are arguments otherwise: 64 x 128 spills in its loops
+_HALF_RAGGED: dict[tuple[str, str, int], Tile] = {
+    ("dkdv", "hopper", 128): Tile(32, 128, 8, 3),
 }
 
 # Beside a bias or dropout a second tile of scores lives in registers; unmeasured. With 8 warps
@@ -161,11 +161,11 @@ def gpu_class(x: Tensor) -> str:
 
 @tunable("m", "n", "warps", "stages")
 def tile_of(
-    kernel: str, x: Tensor, block_d: int, *, busy: bool = False, crowded: bool = False
+    kernel: str, x: Tensor, block_d: int, *, ragged: bool = False, crowded: bool = False
 ) -> Tile:
     """The tile that ships for this kernel on the GPU where ``x`` (..., D) lives.
 
-    ``busy``: a third loop or further sums take registers. ``crowded``: a bias or dropout keeps a
+    ``ragged``: lengths and starts come from ``cu_seqlens``. ``crowded``: a bias or dropout keeps a
     second tile beside the scores, and wants 8 warps for it.
     """
     if not x.is_cuda and _dispatch._cpu_runner == "interpreter":
@@ -175,10 +175,10 @@ def tile_of(
         return _FLOAT[kernel][row]
     gpu = gpu_class(x)
     tile = _HALF[kernel, gpu][row]
+    if ragged:
+        tile = _HALF_RAGGED.get((kernel, gpu, row), tile)
     if x.shape[-1] != block_d:
         tile = _HALF_PADDED.get((kernel, gpu, row), tile)
-    if busy:
-        tile = _HALF_BUSY.get((kernel, gpu, row), tile)
     if crowded:
         tile = _CROWDED.get((kernel, gpu, row), tile._replace(warps=8))
     return tile

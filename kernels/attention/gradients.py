@@ -133,21 +133,22 @@ def backward(  # noqa: C901
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
     }
-    delta_first = dropout_p == 0.0 and starts_full(q)  # dropout falls between product and sum
+    # Dropout falls between product and sum. Beside the counters of grouped heads dkdv spills with
+    # it (sm_90, 128 dimensions), and not without.
+    delta_first = dropout_p == 0.0 and starts_full(q)
     B = sequences(q, cu_seqlens_q)
     if wanted[1] or wanted[2]:
         dk, dv = _scratch(dk, k, wanted[1]), _scratch(dv, v, wanted[2])
-        tile = tile_of("dkdv", q, width, crowded=crowded)
+        tile = tile_of("dkdv", q, width, ragged=cu_seqlens_q is not None, crowded=crowded)
         dkdv_kernel[(tiles_of(S_k, B, tile.n, cu_seqlens_k) * H_kv,)](
             q, k, v, do, lse2, minus_delta, factor, dk, dv,
             cu_seqlens_q, cu_seqlens_k, score, blocks_of(block_mask, by_key=True),
             *strides, B, H_kv, S_q, S_k, left, right, scale,
-            **dims, **tile.options(), DELTA_FIRST=delta_first,
+            **dims, **tile.options(), DELTA_FIRST=delta_first and H == H_kv,
         )  # fmt: skip
     if wanted[0] or sums is not None:
         dq = _scratch(dq, q, wanted[0])
-        busy = sums is not None or (left is not None and right is not None)
-        tile = tile_of("dq", q, width, busy=busy, crowded=crowded)
+        tile = tile_of("dq", q, width, crowded=crowded)
         dq_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
             q, k, v, do, lse2, minus_delta, factor, dq, sums,
             cu_seqlens_q, cu_seqlens_k, score, blocks_of(block_mask),
