@@ -155,7 +155,7 @@ def _gather_dkdv(
         dv = dot(dropped(pT, rows, cols, head, seed, score).to(do.dtype), do, dv)
         if DELTA_FIRST:
             dsT = pT * dot(v, do.T, tl.broadcast_to(minus_delta[None, :], pT.shape))
-        else:  # a sum alone Triton would fold into the product
+        else:  # the sum alone Triton would fold into the product
             dpT = dropped(dot(v, do.T), rows, cols, head, seed, score)
             dsT = tl.fma(pT, dpT, pT * minus_delta[None, :])
         dsT *= slack
@@ -300,7 +300,7 @@ def _gather_dq(
             dp = dropped(dot(do, v.T), rows, cols, head, seed, score)
             if SUMS:
                 sums += tl.sum(p * dp, 1)
-            ds = tl.fma(p, dp, p * minus_delta[:, None])
+            ds = p * (dp - (-minus_delta)[:, None])  # the negation leaves the loop
         ds *= slack
         dq = dot(ds.to(k.dtype), k, dq)
     return dq, sums
