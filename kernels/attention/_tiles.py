@@ -124,8 +124,9 @@ _CROWDED: dict[tuple[str, str, int], Tile] = {
 _FLOAT: dict[str, dict[int, Tile]] = {
     "forward": {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 8, 1)},
     "dkdv": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
-    "dq": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "dq": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
 }
+_FLOAT_CROWDED: dict[tuple[str, int], Tile] = {("dq", 256): Tile(16, 16, 8, 1)}
 
 # Small and unequal, so that a short test has whole tiles, diagonal tiles and a tail of each kind.
 _INTERPRETED = {
@@ -172,7 +173,8 @@ def tile_of(
         return _INTERPRETED[kernel]
     row = max(block_d, 64)
     if x.dtype == torch.float32:
-        return _FLOAT[kernel][row]
+        tile = _FLOAT[kernel][row]
+        return _FLOAT_CROWDED.get((kernel, row), tile) if crowded else tile
     gpu = gpu_class(x)
     tile = _HALF[kernel, gpu][row]
     if ragged:

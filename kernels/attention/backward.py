@@ -5,8 +5,8 @@ With p = e^(s - lse), recomputed a tile at a time, and t = scale q k^T before so
     delta = sum_d do o - dlse        dv = p^T do        ds = p (do v^T - delta) ds/dt
     dq = scale ds k                  dk = scale ds^T q        dsink = -sum_i e^(sink - lse) delta
 
-The products do v^T start from -delta where that costs nothing (``DELTA_FIRST``): of 32 scores a
-thread it spares 32 sums and the registers of the deltas.
+The products do v^T start from -delta where that costs nothing (``DELTA_FIRST``): it spares the sums
+after them, and the registers of the deltas.
 
 Of float32 inputs p is multiplied by gain, the factor that takes out the rounding of lse.
 
