@@ -187,7 +187,7 @@ ATTENTION = [
     (FLASH, "backward:rows_kernel", "minus_delta += tl.load", "minus_delta -= tl.load", FLOAT64),
     (FLASH, "backward:rows_kernel", 'lse == float("-inf")', "lse == 0.0", HIDDEN_ROWS),
     (FLASH, "backward:_gather_dkdv", "tl.fma(pT, dpT, pT * minus_delta[None, :])", "pT", FLOAT64),
-    (FLASH, "backward:_gather_dkdv", "tl.broadcast_to(minus_delta[None, :], pT.shape)", "", FLOAT64),
+    (FLASH, "backward:_gather_dkdv", "broadcast_to(minus_delta[None, :], ", "zeros(", FLOAT64),
     (FLASH, "backward:_gather_dq", "ds *= slack", "ds *= 1.0", FLOAT64),
     (FLASH, "backward:_gather_dq", "sums += tl.sum(p * dp, 1)", "sums += tl.sum(p, 1)", FLOAT64),
     (FLASH, "backward:_gather_dkdv", "start + HEADS * span", "start + span", FLOAT64),

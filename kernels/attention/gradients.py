@@ -136,6 +136,7 @@ def backward(  # noqa: C901
     # Dropout falls between product and sum. Beside the counters of grouped heads dkdv spills with
     # it (sm_90, 128 dimensions), and not without.
     delta_first = dropout_p == 0.0 and starts_full(q)
+    grouped = H_kv < H
     B = sequences(q, cu_seqlens_q)
     if wanted[1] or wanted[2]:
         dk, dv = _scratch(dk, k, wanted[1]), _scratch(dv, v, wanted[2])
@@ -144,7 +145,7 @@ def backward(  # noqa: C901
             q, k, v, do, lse2, minus_delta, factor, dk, dv,
             cu_seqlens_q, cu_seqlens_k, score, blocks_of(block_mask, by_key=True),
             *strides, B, H_kv, S_q, S_k, left, right, scale,
-            **dims, **tile.options(), DELTA_FIRST=delta_first and H == H_kv,
+            **dims, **tile.options(), DELTA_FIRST=delta_first and not grouped,
         )  # fmt: skip
     if wanted[0] or sums is not None:
         dq = _scratch(dq, q, wanted[0])
