@@ -172,8 +172,8 @@ def test_a_broken_cache_is_named_and_left_alone(device, text):
             {"B": 1, "S_q": 40, "S_k": 40, "H": 1, "H_kv": 1, "D": 16, "causal": True},
             {
                 "forward: tile_of(forward, float32 16, 16, False)",
-                "gradients: tile_of(dkdv, float32 16, 16, False)",
-                "gradients: tile_of(dq, float32 16, 16, False, False)",
+                "gradients: tile_of(dkdv, float32 16, 16, False, False)",
+                "gradients: tile_of(dq, float32 16, 16, False)",
             },
         ),
     ],
