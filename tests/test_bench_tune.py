@@ -180,9 +180,9 @@ REAL = {  # op: size, and each choice that it makes with the pass that times it
     "flash_attention": (
         {"B": 1, "S_q": 40, "S_k": 40, "H": 1, "H_kv": 1, "D": 16, "causal": True},
         {
-            "forward: tile_of(forward, float32 16, 16, False)": "forward",
-            "gradients: tile_of(dkdv, float32 16, 16, False)": "backward",
-            "gradients: tile_of(dq, float32 16, 16, False, False)": "backward",
+            "forward: tile_of(forward, float32 16, 16, True, False)": "forward",
+            "gradients: tile_of(dkdv, float32 16, 16, False, False)": "backward",
+            "gradients: tile_of(dq, float32 16, 16, False)": "backward",
         },
     ),
     "cross_entropy": (

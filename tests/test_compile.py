@@ -52,13 +52,17 @@ def captured() -> dict[int, list[Case]]:
 
 
 def tile_of(case: Case, target: int) -> tuple:
-    """The kernel with its block sizes, on a target; of the main path."""
+    """The kernel with its block sizes, on a target; of the main path.
+
+    A ragged batch is another kernel: what it loads, an even one has as arguments, in no register.
+    """
     sizes = {
         name: value
         for name, value in case.launch.meta.items()
         if isinstance(value, int) and not isinstance(value, bool) and name.isupper()
     }
-    return (target, case.launch.kernel, str(sorted(sizes.items())))
+    even = case.launch.meta.get("cu_seqlens_q", False) is None
+    return (target, case.launch.kernel, even, str(sorted(sizes.items())))
 
 
 def features(case: Case) -> set[tuple]:

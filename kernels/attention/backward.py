@@ -5,6 +5,9 @@ With p = e^(s - lse), recomputed a tile at a time, and t = scale q k^T before so
     delta = sum_d do o - dlse        dv = p^T do        ds = p (do v^T - delta) ds/dt
     dq = scale ds k                  dk = scale ds^T q        dsink = -sum_i e^(sink - lse) delta
 
+The products do v^T start from -delta where that costs nothing (``DELTA_FIRST``): it spares the sums
+after them, and the registers of the deltas.
+
 Of float32 inputs p is multiplied by gain, the factor that takes out the rounding of lse.
 
 For dsink delta is sum_j p (do v^T) - dlse, which owes nothing to o's rounding. Dropout's mask and
@@ -39,12 +42,12 @@ from ._tiles import dot, load_tile
 
 @triton.jit
 def rows_kernel(
-    o_ptr, do_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr,
+    o_ptr, do_ptr, lse_ptr, dlse_ptr, lse2_ptr, minus_delta_ptr,
     stride_ob, stride_om, stride_oh, stride_dob, stride_dom, stride_doh,
     stride_lb, stride_lh, stride_lm, H, S_q,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """What the other kernels read of BLOCK_M queries of one head: delta, and lse in base 2."""
+    """What the other kernels read of BLOCK_M queries of one head: -delta, and lse in base 2."""
     tiles = tl.cdiv(S_q, BLOCK_M)
     pid_bh = (tl.program_id(0) // tiles).to(tl.int64)
     b = pid_bh // H
@@ -58,28 +61,28 @@ def rows_kernel(
     do_head = do_ptr + b * stride_dob + h * stride_doh
     o = tl.load(o_ptrs, mask=mask, other=0.0).to(tl.float32)
     do = tl.load(do_head + rows[:, None] * stride_dom + offs_d[None, :], mask=mask, other=0.0)
-    delta = tl.sum(o * do.to(tl.float32), 1)
+    minus_delta = -tl.sum(o * do.to(tl.float32), 1)
     if dlse_ptr is not None:
         dlse_ptrs = dlse_ptr + b * stride_lb + h * stride_lh + rows * stride_lm
-        delta -= tl.load(dlse_ptrs, mask=mask_m, other=0.0)
+        minus_delta += tl.load(dlse_ptrs, mask=mask_m, other=0.0)
     offsets = pid_bh * S_q + rows
     lse = tl.load(lse_ptr + offsets, mask=mask_m, other=0.0)
     # a row that saw no key: p = 2^(s - inf) = 0
     lse2 = tl.where(lse == float("-inf"), float("inf"), product(lse, LOG2_E))
     tl.store(lse2_ptr + offsets, lse2, mask=mask_m)
-    tl.store(delta_ptr + offsets, delta, mask=mask_m)
+    tl.store(minus_delta_ptr + offsets, minus_delta, mask=mask_m)
 
 
 @triton.jit
-def load_stats(lse_ptrs, delta_ptrs, mask_m, MASKED: tl.constexpr):
-    """The base-2 lse and delta of a tile of rows; past the last row +inf, so that p is 0."""
+def load_stats(lse_ptrs, minus_delta_ptrs, mask_m, MASKED: tl.constexpr):
+    """The base-2 lse and -delta of a tile of rows; past the last row +inf, so that p is 0."""
     if MASKED:
         lse = tl.load(lse_ptrs, mask=mask_m, other=float("inf"))
-        delta = tl.load(delta_ptrs, mask=mask_m, other=0.0)
+        minus_delta = tl.load(minus_delta_ptrs, mask=mask_m, other=0.0)
     else:
         lse = tl.load(lse_ptrs)
-        delta = tl.load(delta_ptrs)
-    return lse, delta
+        minus_delta = tl.load(minus_delta_ptrs)
+    return lse, minus_delta
 
 
 @triton.jit
@@ -101,10 +104,11 @@ def dropped(x, rows, cols, head, seed, score):
 
 @triton.jit
 def _gather_dkdv(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, start, stop, b, h, H, total_q,
+    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, minus_delta_ptr, gain_ptr, start, stop, b, h, H, total_q,
     stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale, score,
     blocks, list_ptr, MASKED: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    DELTA_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk and dv of a tile of keys what queries start..stop of heads h..h+HEADS send.
 
@@ -135,7 +139,7 @@ def _gather_dkdv(
         do_ptrs = do_ptr + ((h + g) * stride_doh + row * stride_dom) + do_offs
         do = load_tile(do_ptrs, mask_m[:, None], mask_dv, MASKED, HEAD_DIM_V != BLOCK_DV)
         stats = (h + g) * total_q + offs_m
-        lse, delta = load_stats(lse_ptr + stats, delta_ptr + stats, mask_m, MASKED)
+        lse, minus_delta = load_stats(lse_ptr + stats, minus_delta_ptr + stats, mask_m, MASKED)
         slope, bias_ptr, seed = head_of(b, h + g, H, score)
         head = b * H + h + g
         rows = offs_m[None, :]
@@ -149,21 +153,26 @@ def _gather_dkdv(
         if gain_ptr is not None:
             pT *= tl.load(gain_ptr + stats, mask=mask_m, other=1.0)[None, :]
         dv = dot(dropped(pT, rows, cols, head, seed, score).to(do.dtype), do, dv)
-        dpT = dropped(dot(v, do.T), rows, cols, head, seed, score)
-        dsT = pT * (dpT - delta[None, :]) * slack
+        if DELTA_FIRST:
+            dsT = pT * dot(v, do.T, tl.broadcast_to(minus_delta[None, :], pT.shape))
+        else:  # the sum alone Triton would fold into the product
+            dpT = dropped(dot(v, do.T), rows, cols, head, seed, score)
+            dsT = tl.fma(pT, dpT, pT * minus_delta[None, :])
+        dsT *= slack
         dk = dot(dsT.to(q.dtype), q, dk)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=["left", "right"])
 def dkdv_kernel(  # noqa: PLR0915
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, minus_delta_ptr, gain_ptr, dk_ptr, dv_ptr,
     cu_seqlens_q, cu_seqlens_k, score, blocks,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_dob, stride_dom, stride_doh,
     B, H_kv, S_q, S_k, left, right, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DELTA_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N keys of one KV head, over all its query heads."""
     total_q = S_q
@@ -210,38 +219,41 @@ def dkdv_kernel(  # noqa: PLR0915
     begin, full_begin, full_end, end = query_range(first, last, left, right, S_q, BLOCK_M)
     h = h_kv * GROUP
     lse_ptr += stats
-    delta_ptr += stats
+    minus_delta_ptr += stats
     if gain_ptr is not None:
         gain_ptr += stats
     if blocks is not None:
         for g in range(GROUP):
             count, list_ptr = visited(blocks, b, h + g, first // SPARSE)
             dk, dv = _gather_dkdv(
-                dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, 0, count * SPARSE,
+                dk, dv, k, v, q_ptr, do_ptr, lse_ptr, minus_delta_ptr, gain_ptr, 0, count * SPARSE,
                 b, h + g, H_kv * GROUP, total_q,
                 stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale,
                 score, blocks, list_ptr,
-                True, 1, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+                True, 1, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, DELTA_FIRST,
             )  # fmt: skip
     else:
         if right is not None:
             dk, dv = _gather_dkdv(
-                dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr,
+                dk, dv, k, v, q_ptr, do_ptr, lse_ptr, minus_delta_ptr, gain_ptr,
                 begin, tl.minimum(full_begin, end), b, h, H_kv * GROUP, total_q,
                 stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale,
-                score, None, 0, True, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+                score, None, 0,
+            True, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, DELTA_FIRST,
             )  # fmt: skip
         dk, dv = _gather_dkdv(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr,
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, minus_delta_ptr, gain_ptr,
             full_begin, full_end, b, h, H_kv * GROUP, total_q,
             stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale,
-            score, None, 0, False, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+            score, None, 0,
+            False, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, DELTA_FIRST,
         )  # fmt: skip
         dk, dv = _gather_dkdv(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr,
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, minus_delta_ptr, gain_ptr,
             tl.maximum(full_begin, full_end), end, b, h, H_kv * GROUP, total_q,
             stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale,
-            score, None, 0, True, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M,
+            score, None, 0,
+            True, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, DELTA_FIRST,
         )  # fmt: skip
 
     # dk and dv are contiguous
@@ -253,10 +265,11 @@ def dkdv_kernel(  # noqa: PLR0915
 
 @triton.jit
 def _gather_dq(
-    dq, sums, q, do, lse, delta, k_ptr, v_ptr, start, stop,
+    dq, sums, q, do, lse, minus_delta, k_ptr, v_ptr, start, stop,
     stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale, score, slope, bias_ptr, head, seed,
     blocks, list_ptr, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, SUMS: tl.constexpr,
+    DELTA_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Adds to dq of a tile of queries what keys start..stop send, and to sums p do v^T."""
     offs_0 = tl.arange(0, BLOCK_N)
@@ -281,23 +294,28 @@ def _gather_dq(
         )
         if MASKED:
             p = tl.where(seen_keys(rows, cols, left, right, S_k), p, 0.0)
-        dp = dropped(dot(do, v.T), rows, cols, head, seed, score)
-        if SUMS:
-            sums += tl.sum(p * dp, 1)
-        ds = p * (dp - delta[:, None]) * slack
+        if DELTA_FIRST and not SUMS:
+            ds = p * dot(do, v.T, tl.broadcast_to(minus_delta[:, None], p.shape))
+        else:
+            dp = dropped(dot(do, v.T), rows, cols, head, seed, score)
+            if SUMS:
+                sums += tl.sum(p * dp, 1)
+            ds = p * (dp - (-minus_delta)[:, None])  # the negation leaves the loop
+        ds *= slack
         dq = dot(ds.to(k.dtype), k, dq)
     return dq, sums
 
 
 @triton.jit(do_not_specialize=["left", "right"])
 def dq_kernel(  # noqa: PLR0915
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, dq_ptr, sums_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, minus_delta_ptr, gain_ptr, dq_ptr, sums_ptr,
     cu_seqlens_q, cu_seqlens_k, score, blocks,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_dob, stride_dom, stride_doh,
     B, H, S_q, S_k, left, right, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DELTA_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head."""
     pid = tl.program_id(0)
@@ -343,7 +361,7 @@ def dq_kernel(  # noqa: PLR0915
     do_ptrs = do_ptr + h * stride_doh + rows[:, None] * stride_dom + offs_dv[None, :]
     q = load_tile(q_ptrs, mask_m[:, None], mask_d, True, HEAD_DIM != BLOCK_D)
     do = load_tile(do_ptrs, mask_m[:, None], mask_dv, True, HEAD_DIM_V != BLOCK_DV)
-    lse, delta = load_stats(lse_ptr + stats, delta_ptr + stats, mask_m, True)
+    lse, minus_delta = load_stats(lse_ptr + stats, minus_delta_ptr + stats, mask_m, True)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     sums = tl.zeros([BLOCK_M], tl.float32)
@@ -353,30 +371,34 @@ def dq_kernel(  # noqa: PLR0915
     if blocks is not None:
         count, list_ptr = visited(blocks, b, h, first // SPARSE)
         dq, sums = _gather_dq(
-            dq, sums, q, do, lse, delta, k_ptr, v_ptr, 0, count * SPARSE,
+            dq, sums, q, do, lse, minus_delta, k_ptr, v_ptr, 0, count * SPARSE,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, blocks, list_ptr,
             True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, sums_ptr is not None,
+            DELTA_FIRST,
         )  # fmt: skip
     else:
         if left is not None:
             dq, sums = _gather_dq(
-                dq, sums, q, do, lse, delta, k_ptr, v_ptr, begin, tl.minimum(full_begin, end),
+                dq, sums, q, do, lse, minus_delta, k_ptr, v_ptr, begin, tl.minimum(full_begin, end),
                 stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
                 score, slope, bias_ptr, head, seed, None, 0,
                 True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, sums_ptr is not None,
+            DELTA_FIRST,
             )  # fmt: skip
         dq, sums = _gather_dq(
-            dq, sums, q, do, lse, delta, k_ptr, v_ptr, full_begin, full_end,
+            dq, sums, q, do, lse, minus_delta, k_ptr, v_ptr, full_begin, full_end,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, None, 0,
             False, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, sums_ptr is not None,
+            DELTA_FIRST,
         )  # fmt: skip
         dq, sums = _gather_dq(
-            dq, sums, q, do, lse, delta, k_ptr, v_ptr, tl.maximum(full_begin, full_end), end,
+            dq, sums, q, do, lse, minus_delta, k_ptr, v_ptr, tl.maximum(full_begin, full_end), end,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, None, 0,
             True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, sums_ptr is not None,
+            DELTA_FIRST,
         )  # fmt: skip
 
     if gain_ptr is not None:

@@ -15,7 +15,7 @@ from .backward import dropped, load_stats, weights
 
 @triton.jit(do_not_specialize=["left", "right"])
 def dbias_kernel(  # noqa: PLR0915
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, gain_ptr, dbias_ptr, score, blocks,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, minus_delta_ptr, gain_ptr, dbias_ptr, score, blocks,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_dob, stride_dom, stride_doh,
     B, H, S_q, S_k, left, right, scale, bias_b, bias_h, bias_m, bias_n,
@@ -64,7 +64,7 @@ def dbias_kernel(  # noqa: PLR0915
         k = load_tile(k_ptrs, mask_n, mask_d, True, HEAD_DIM != BLOCK_D)
         v = load_tile(v_ptrs, mask_n, mask_dv, True, HEAD_DIM_V != BLOCK_DV)
         stats = (b * H + h) * S_q + offs_m
-        lse, delta = load_stats(lse_ptr + stats, delta_ptr + stats, mask_m, True)
+        lse, minus_delta = load_stats(lse_ptr + stats, minus_delta_ptr + stats, mask_m, True)
         slope, bias_ptr, seed = head_of(b, h, H, score)
         p, _ = weights(
             dot(q, k.T), lse[:, None], offs_m[:, None], offs_n[None, :], slope, bias_ptr,
@@ -79,7 +79,7 @@ def dbias_kernel(  # noqa: PLR0915
             shown = tl.load(blocks.counts_ptr + at + tile_n * BLOCK_N // SPARSE)
             p = tl.where(shown != 0, p, 0.0)
         dp = dropped(dot(do, v.T), offs_m[:, None], offs_n[None, :], b * H + h, seed, score)
-        dbias += p * (dp - delta[:, None])
+        dbias += p * (dp + minus_delta[:, None])
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
