@@ -180,7 +180,7 @@ REAL = {  # op: size, and each choice that it makes with the pass that times it
     "flash_attention": (
         {"B": 1, "S_q": 40, "S_k": 40, "H": 1, "H_kv": 1, "D": 16, "causal": True},
         {
-            "forward: tile_of(forward, float32 16, 16, True, False)": "forward",
+            "forward: tile_of(forward, float32 16, 16, False, False)": "forward",
             "gradients: tile_of(dkdv, float32 16, 16, False, False)": "backward",
             "gradients: tile_of(dq, float32 16, 16, False)": "backward",
         },
@@ -215,7 +215,7 @@ REAL = {  # op: size, and each choice that it makes with the pass that times it
         {"M": 18, "N": 37, "K": 70},
         {
             "int8_linear: _tile(True, torch.float32, False)": "forward",
-            "int8_linear: _tile_backward(torch.float32)": "backward",
+            "int8_linear: _tile_backward(torch.float32, False)": "backward",
         },
     ),
     "int4_linear": (
