@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 # (kernel, GPU class) -> {BLOCK_D: tile} for 16-bit inputs; unmeasured
 _HALF: dict[tuple[str, str], dict[int, Tile]] = {
     ("forward", "a100"): {
-        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 192: Tile(128, 64, 8, 2),
+        64: Tile(128, 64, 4, 3), 128: Tile(128, 128, 8, 2), 192: Tile(128, 64, 8, 2),
         256: Tile(64, 64, 8, 2), 512: Tile(32, 32, 8, 2),
     },
     ("forward", "hopper"): {
@@ -83,6 +83,7 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
 
 # Where D is not BLOCK_D the masks of the loads take registers: smaller tiles; unmeasured
 _HALF_PADDED: dict[tuple[str, str, int], Tile] = {
+    ("forward", "a100", 64): Tile(128, 128, 8, 2),
     ("forward", "a100", 128): Tile(128, 64, 8, 3),
     ("forward", "small", 128): Tile(128, 32, 8, 2),
     ("dkdv", "hopper", 64): Tile(64, 128, 8, 2),
@@ -97,6 +98,7 @@ _HALF_PADDED: dict[tuple[str, str, int], Tile] = {
 # laid out alike in rows of 16 bytes a copy; dkdv of a ragged batch, which keeps what are arguments
 # otherwise (64 x 128 spills in its loops)
 _HALF_BUSY: dict[tuple[str, str, int], Tile] = {
+    ("forward", "a100", 64): Tile(128, 128, 8, 2),
     ("forward", "a100", 128): Tile(128, 64, 8, 3),
     ("dkdv", "hopper", 128): Tile(32, 128, 8, 3),
 }
