@@ -25,7 +25,7 @@ $(DEV_STAMP): $(STAMP)
 
 demo: $(STAMP)
 	@rm -rf runs/demo
-	$(FASTLM) train --out runs/demo --steps 1500 --lr 3e-3 --warmup 100 --log-every 50 --eval-every 500
+	$(FASTLM) train --out runs/demo --steps 1200 --lr 3e-3 --warmup 100 --log-every 50 --eval-every 400
 	$(FASTLM) generate --checkpoint runs/demo --prompt "def " --max-new-tokens 300 --num-samples 2 \
 		--temperature 0.8 --top-p 1 --seed 1
 	$(FASTLM) bench static --html report.html --run runs/demo
