@@ -17,6 +17,7 @@ from .page import (
     table,
     tiles,
 )
+from .rules import excuses
 from .table import accesses_in_short, digits, human
 
 Rows = list[dict[str, Any]]
@@ -26,7 +27,7 @@ def html(report: dict[str, Any]) -> str:
     """The page of a static report."""
     env = report["environment"]
     ops = list(dict.fromkeys(row["op"] for row in report["rows"]))
-    refused, excused = _refusals(report)
+    refused, excused = _refusals(report), excuses(report["rows"])
     notice = paragraph(report["notice"], "notice")
     versions = (
         f"fastlm {env['fastlm']}, commit {env['commit']}; torch {env['torch']}, "
@@ -52,15 +53,13 @@ def html(report: dict[str, Any]) -> str:
     return page("fastlm: static kernel report", body)
 
 
-def _refusals(report: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What the rules refuse, and what of it is accepted for a reason that is named."""
-    refused: list[str] = []
-    excused: list[str] = []
+def _refusals(report: dict[str, Any]) -> list[str]:
+    """What the rules refuse, once."""
+    refused = []
     for row in report["rows"]:
         where = f"{row['op']} {row['kernel']} {row['target']}"
         refused += [f"{where}: {text}" for text in row.get("refusals", [row.get("error", "")])]
-        excused += [f"{where}: {text}" for text in row.get("accepted", ())]
-    return list(dict.fromkeys(refused)), list(dict.fromkeys(excused))
+    return list(dict.fromkeys(refused))
 
 
 def _headlines(report: dict[str, Any], refused: Sequence[str]) -> str:

@@ -1,9 +1,10 @@
 """What the compiled code of a kernel must never show: each rule refuses in one sentence."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from .addresses import narrow_products
 from .capture import LIMITS, Launch
@@ -170,3 +171,16 @@ def accepted(kernel: str, case: str, refusal: str) -> tuple[str, str, str] | Non
     """The entry of ``ACCEPTED`` that excuses a refusal of a kernel in this case, if one does."""
     rule = refusal.split(":")[0]
     return next((k for k in ACCEPTED if k[:2] == (kernel, rule) and k[2] in case), None)
+
+
+def excuses(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What rows of a report were accepted for, a line a kernel and reason, with where it was."""
+    where: dict[tuple[str, str], tuple[dict[str, None], dict[str, None]]] = {}
+    for row in rows:
+        for reason in row.get("accepted", ()):
+            ops, targets = where.setdefault((row["kernel"], reason), ({}, {}))
+            ops[row["op"]] = targets[row["target"]] = None
+    return [
+        f"{kernel}: {reason} ({', '.join(ops)}; {', '.join(targets)})"
+        for (kernel, reason), (ops, targets) in where.items()
+    ]

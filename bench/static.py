@@ -122,7 +122,7 @@ def _row(case: Case, arch: int, result: Compiled | Failure) -> dict[str, Any]:
         if known is None:
             row["refusals"].append(text)
         else:
-            row["accepted"].append(f"{text}; accepted: {ACCEPTED[known]}")
+            row["accepted"].append(f"{known[1]}: {ACCEPTED[known]}")
     if result.report is not None:
         modelled = asdict(model(launch, result.ttir, result.report))
         row["modelled"] = modelled
@@ -132,7 +132,14 @@ def _row(case: Case, arch: int, result: Compiled | Failure) -> dict[str, Any]:
 def _part(arch: int) -> dict[str, Any]:
     """The part that stands for a target, and FLOPs a second of its half-precision products."""
     work = 10**15
-    return {**part(arch), "half_flops": work / roofline(arch, (0, work), half=True) * 1e6}
+    return {**part(arch), "half_flops": work / roofline(arch, (0, work), "f16") * 1e6}
+
+
+def _products(members: Sequence[dict[str, Any]]) -> str:
+    """The kind of a call's products; the names of float8 instructions have a Q: QMMA, UTCQMMA."""
+    if any("Q" in name for member in members for name in member["tensor"]):
+        return "fp8"
+    return "f16" if members[0]["dtype"] in ("float16", "bfloat16") else "tf32"
 
 
 def _calls(
@@ -169,8 +176,7 @@ def _calls(
             microseconds = [max(t, round(slowest, 2)) for t in microseconds]
             call["microseconds"] = microseconds
             least_bytes, flops = works[op, case]
-            half = members[0]["dtype"] in ("float16", "bfloat16")
-            bound = roofline(as_target(target).arch, (least_bytes, flops), half)
+            bound = roofline(as_target(target).arch, (least_bytes, flops), _products(members))
             call |= {
                 "least_bytes": least_bytes,
                 "work_flops": flops,

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from .rules import excuses
+
 
 def digits(value: float) -> str:
     """Three significant digits."""
@@ -87,11 +89,7 @@ def _footer(report: dict[str, Any]) -> list[str]:
         for row in report["rows"]
         for text in row.get("refusals", [row.get("error", "")])
     ]
-    excused = dict.fromkeys(
-        f"  {row['op']} {row['kernel']} {row['target']}: {text}"
-        for row in report["rows"]
-        for text in row.get("accepted", ())
-    )
+    excused = [f"  {text}" for text in excuses(report["rows"])]
     parts = ", ".join(f"{target} = {part['name']}" for target, part in report["parts"].items())
     return [
         f"Refused by the rules: {len(refused) or 'none'}",

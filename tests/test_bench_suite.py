@@ -367,8 +367,15 @@ def test_the_static_report(tmp_path, capsys):
         assert words in written
     assert "http" not in written
     assert html(found) == written
-    forward["accepted"] = ["float64: 2 instructions; accepted: bias corrections"]
-    line = "layer_norm _forward_kernel sm_90: float64: 2 instructions; accepted: bias corrections"
+    forward["accepted"] = ["float64: bias corrections"]
+    line = "_forward_kernel: float64: bias corrections (layer_norm; sm_90)"
     assert line in html(found)
     shown = static_table(found)
     assert "Refused by the rules: none\nRefused but accepted: 1\n  " + line in shown
+
+
+def test_float8_products_are_held_to_their_own_peak(tmp_path):
+    out = tmp_path / "r.json"
+    bench("static", "--op", "fp8_linear", "--target", "sm_89", "--json", str(out))
+    (call,) = json.loads(out.read_text())["calls"]
+    assert 0.3 < call["roofline_share"] <= 1
