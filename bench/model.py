@@ -160,13 +160,11 @@ def model(launch: Launch, ttir: str, report: Report) -> Modelled:
     )
 
 
-def roofline(arch: int, work: tuple[int, int], kind: str) -> float:
-    """Microseconds that the least bytes and the FLOPs of a call take on the part at its peak.
-
-    kind: Of its products: "f16", "tf32" or "fp8".
-    """
+def roofline(arch: int, work: tuple[int, int], half: bool) -> float:
+    """Microseconds that the least bytes and the FLOPs of a call take on the part at its peak."""
     gpu = sass.GPUS[arch]
     bytes_, flops = work
+    kind = "f16" if half else "tf32"
     boost = max(1.0, gpu.ceiling.get(kind, gpu.ceiling[""]))  # some parts run above their clock
     peak = 2 * gpu.tensor[kind] * gpu.multiprocessors * gpu.megahertz * 1e6 * boost
     return max(bytes_ / (gpu.dram_gbs * 1e9), flops / peak) * 1e6

@@ -132,14 +132,17 @@ def _row(case: Case, arch: int, result: Compiled | Failure) -> dict[str, Any]:
 def _part(arch: int) -> dict[str, Any]:
     """The part that stands for a target, and FLOPs a second of its half-precision products."""
     work = 10**15
-    return {**part(arch), "half_flops": work / roofline(arch, (0, work), "f16") * 1e6}
+    return {**part(arch), "half_flops": work / roofline(arch, (0, work), half=True) * 1e6}
 
 
-def _products(members: Sequence[dict[str, Any]]) -> str:
-    """The kind of a call's products; the names of float8 instructions have a Q: QMMA, UTCQMMA."""
-    if any("Q" in name for member in members for name in member["tensor"]):
-        return "fp8"
-    return "f16" if members[0]["dtype"] in ("float16", "bfloat16") else "tf32"
+def _roofline(arch: int, work: tuple[int, int], members: Sequence[dict[str, Any]]) -> float:
+    """Microseconds of a call at the part's peak, at that of float8 where its products are."""
+    bytes_, flops = work
+    half = members[0]["dtype"] in ("float16", "bfloat16")
+    if any("Q" in name for member in members for name in member["tensor"]):  # QMMA, UTCQMMA
+        rates = GPUS[arch].tensor
+        flops = flops * rates["f16"] // rates["fp8"]  # so many in half precision take as long
+    return roofline(arch, (bytes_, flops), half)
 
 
 def _calls(
@@ -176,7 +179,7 @@ def _calls(
             microseconds = [max(t, round(slowest, 2)) for t in microseconds]
             call["microseconds"] = microseconds
             least_bytes, flops = works[op, case]
-            bound = roofline(as_target(target).arch, (least_bytes, flops), _products(members))
+            bound = _roofline(as_target(target).arch, (least_bytes, flops), members)
             call |= {
                 "least_bytes": least_bytes,
                 "work_flops": flops,

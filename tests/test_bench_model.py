@@ -148,7 +148,7 @@ def test_a_copy_moves_its_bytes_at_the_part_s_rate(target):
     assert low == pytest.approx(at_peak, rel=0.02)
     assert at_peak < middle < 1.35 * at_peak
     assert middle < high
-    assert roofline(target, (int(found.bytes), 0), "f16") == pytest.approx(at_peak)
+    assert roofline(target, (int(found.bytes), 0), half=True) == pytest.approx(at_peak)
 
 
 def test_a_product_does_its_flops():
