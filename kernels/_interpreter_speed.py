@@ -175,7 +175,7 @@ def _operations_that_remember() -> list[tuple[Any, str, Callable]]:
         return promotions[key]
 
     def scalar_constant(self, value, dtype):
-        if value.__class__ is not int:  # 0.0 and -0.0 would be one key
+        if value.__class__ is not int:  # each NaN would be a key of its own
             return stock_scalar(self, value, dtype)
         key = (value, getattr(dtype, "name", None))
         if key not in integers:

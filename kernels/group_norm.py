@@ -56,19 +56,23 @@ def _affine(xhat, weight_ptr, bias_ptr, channels, mask):
 
 
 @triton.jit
+def _tile_of_a_row(W, S, CHANNELS, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The program's row, its channels within the group, and where their numbers lie."""
+    row = tl.program_id(0).to(tl.int64)
+    members = tl.arange(0, BLOCK_C)[:, None]
+    cols = tl.arange(0, BLOCK_S)[None, :]
+    mask_c = members < CHANNELS
+    return row, members, mask_c, mask_c & (cols < S), row * W + members * S + cols
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr,
     W, S, GROUPS, CHANNELS, eps,
     BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One program normalises one row, as a tile of its channels."""
-    row = tl.program_id(0).to(tl.int64)
-    members = tl.arange(0, BLOCK_C)[:, None]
-    cols = tl.arange(0, BLOCK_S)[None, :]
-    mask_c = members < CHANNELS
-    mask = mask_c & (cols < S)
-    offsets = row * W + members * S + cols
-
+    row, members, mask_c, mask, offsets = _tile_of_a_row(W, S, CHANNELS, BLOCK_C, BLOCK_S)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x) / W
     centred = tl.where(mask, x - mean, 0.0)  # padding must not enter the variance
@@ -135,13 +139,7 @@ def _backward_kernel(
     WANTS_DX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One program takes one row, as a tile of its channels: their sums, and dx."""
-    row = tl.program_id(0).to(tl.int64)
-    members = tl.arange(0, BLOCK_C)[:, None]
-    cols = tl.arange(0, BLOCK_S)[None, :]
-    mask_c = members < CHANNELS
-    mask = mask_c & (cols < S)
-    offsets = row * W + members * S + cols
-
+    row, members, mask_c, mask, offsets = _tile_of_a_row(W, S, CHANNELS, BLOCK_C, BLOCK_S)
     dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + row)

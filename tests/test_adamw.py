@@ -72,14 +72,14 @@ def ran_kernels(optimizer):
     ids=["default", "all"],
 )
 def test_many_steps_stay_within_the_contract(ours, theirs, dtype, options):
-    """Ten steps, against the same in float64 and torch's in the dtype."""
+    """Twenty steps, against the same in float64 and torch's in the dtype."""
     params = parameters(dtype=dtype)
     options = {"lr": 1e-2, "eps": 1e-3, **options}  # float16 cannot hold a smaller eps
     runs = []
     for kind, to in ((ours, dtype), (theirs, dtype), (theirs, torch.float64)):
         mine = [torch.nn.Parameter(p.detach().to(to, copy=True)) for p in params]
         runs.append((mine, kind(mine, **options)))
-    for step in range(10):
+    for step in range(20):
         give_gradients(*(mine for mine, _ in runs), seed=step)
         for mine, _ in runs:  # gradients that every dtype holds alike
             for p in mine:
@@ -93,7 +93,7 @@ def test_many_steps_stay_within_the_contract(ours, theirs, dtype, options):
 
 @pytest.mark.usefixtures("kernels")
 def test_many_steps_drift_no_further_from_float64_than_torchs():
-    """As much decay as a thousand steps of the default rate, in 250 of the fourfold."""
+    """A thousand steps of the default rate."""
     shape = [(300,)]
     runs = []
     for kind, dtype in (
@@ -102,8 +102,8 @@ def test_many_steps_drift_no_further_from_float64_than_torchs():
         (torch.optim.AdamW, torch.float64),
     ):
         params = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters(shape)]
-        runs.append((params, kind(params, lr=4e-3, weight_decay=0.1)))
-    noise = torch.randn(250, 300, generator=torch.Generator().manual_seed(0))
+        runs.append((params, kind(params, lr=1e-3, weight_decay=0.1)))
+    noise = torch.randn(1000, 300, generator=torch.Generator().manual_seed(0))
     for g in noise:
         for (p,), optimizer in runs:
             p.grad = g.to(p.dtype) + p.detach()

@@ -51,14 +51,8 @@ def captured() -> dict[int, list[Case]]:
     return found
 
 
-def is_typical(case: Case) -> bool:
-    """Whether the inputs are of the size by which the op is known."""
-    sizes = OPS[case.op].bench_sizes
-    return not case.special and case.size == sizes[len(sizes) // 2]
-
-
-def tile_of(case: Case) -> tuple:
-    """The kernel with its block sizes.
+def tile_of(case: Case, target: int) -> tuple:
+    """The kernel with its block sizes, on a target; of the main path.
 
     A ragged batch is another kernel: what it loads, an even one has as arguments, in no register.
     """
@@ -68,15 +62,13 @@ def tile_of(case: Case) -> tuple:
         if isinstance(value, int) and not isinstance(value, bool) and name.isupper()
     }
     even = case.launch.meta.get("cu_seqlens_q", False) is None
-    return (case.launch.kernel, even, str(sorted(sizes.items())))
+    return (target, case.launch.kernel, even, str(sorted(sizes.items())))
 
 
 def features(case: Case) -> set[tuple]:
-    """What is particular about a launch: tile, flags, absent arguments, dtype, specialisations."""
+    """What is particular about a launch: flags, absent arguments, dtype, specialisations."""
     launch = case.launch
-    found: set[tuple] = {(launch.kernel, "dtype", case.dtype)}
-    if on_main_path(case):
-        found.add(tile_of(case))
+    found = {(launch.kernel, "dtype", case.dtype)}
     found |= {
         (launch.kernel, name, value)
         for name, value in launch.meta.items()
@@ -92,9 +84,8 @@ def features(case: Case) -> set[tuple]:
 def chosen() -> dict[int, list[Case]]:
     """What to compile, at the price of seconds.
 
-    Each kernel and tile of a typical size for each target; and so many of the rest, spread over the
-    targets, that every tile and feature of every kernel is compiled for one of them. The committed
-    snapshot has each kind of main path on each target.
+    Each kernel and tile of the main path for each target; and so many of the rest, spread over the
+    targets, that every feature of every kernel is compiled for one of them.
     """
     if EVERYTHING:
         return captured()
@@ -102,8 +93,8 @@ def chosen() -> dict[int, list[Case]]:
     tiles, seen = set(), set()
     for target, cases in captured().items():
         for case in cases:
-            if is_typical(case) and (target, tile_of(case)) not in tiles:
-                tiles.add((target, tile_of(case)))
+            if on_main_path(case) and tile_of(case, target) not in tiles:
+                tiles.add(tile_of(case, target))
                 seen |= features(case)
                 found[target].append(case)
     todo = [(target, case) for target, cases in captured().items() for case in cases]

@@ -6,10 +6,19 @@ import torch
 import triton
 import triton.language as tl
 from memory_check import MemoryCheckError, interp_check
+from triton.language.semantic import TritonSemantic
+from triton.runtime import interpreter
 
 from fastlm.kernels import _interpreter
 
 BF16 = torch.bfloat16
+OWNERS = (tl.tensor, tl.block_type, tl.dtype, tl.core, tl, TritonSemantic)
+STOCK = {  # before anything is interpreted
+    (owner, name): getattr(owner, name)
+    for owner in OWNERS
+    for name, thing in vars(owner).items()
+    if callable(thing)
+}
 
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -357,3 +366,43 @@ def test_tensors_behind_a_table_of_addresses():
     same = torch.tensor([tensors[0].data_ptr()] * 2)
     with pytest.raises(MemoryCheckError, match="race"), interp_check():
         _table_kernel[(2,)](same, 20, BLOCK=32)
+
+
+# --- what is remembered of types ----------------------------------------------------------------
+
+
+@triton.jit
+def _constants_kernel(out_ptr, N: tl.constexpr):
+    """The same number of several types, and blocks of one shape."""
+    offs = tl.arange(0, N)
+    small = tl.full([N], 200, tl.uint8)
+    tl.store(out_ptr + offs, (small + small).to(tl.float32))  # wraps
+    tl.store(out_ptr + N + offs, (small.to(tl.int32) + 200).to(tl.float32))
+    wide = tl.full([N], 2049.0, tl.float32)
+    tl.store(out_ptr + 2 * N + offs, wide.to(tl.float16) + 1.0)  # float16 rounds 2049 to 2048
+    tl.store(out_ptr + 3 * N + offs, wide + 1)
+    tl.store(out_ptr + 4 * N + offs, wide.to(tl.float16) + wide)  # in float32
+    square = offs[:, None] + tl.zeros([N, N], tl.int32)
+    tl.store(out_ptr + 5 * N + offs, tl.max(square, 1) + 0.5)
+
+
+@triton.jit
+def _fails_kernel(x_ptr):
+    tl.load(x_ptr + tl.arange(0, 3))  # no power of two
+
+
+def test_remembered_types_are_told_apart():
+    for _ in range(2):  # the second finds everything remembered
+        found = torch.full((6, 4), float("nan"))
+        _constants_kernel[(1,)](found, 4)
+        for row, want in zip(found, (144.0, 400.0, 2048.0, 2050.0, 4097.0), strict=False):
+            assert torch.equal(row, torch.full((4,), want))
+        assert found[5].tolist() == [0.5, 1.5, 2.5, 3.5]
+
+
+def test_a_launch_gives_triton_its_own_functions_back():
+    """The compiler of the same process must not meet what the interpreter put there."""
+    with pytest.raises(interpreter.InterpreterError):
+        _fails_kernel[(1,)](torch.zeros(4))
+    _constants_kernel[(1,)](torch.zeros(24), 4)
+    assert [key for key, stock in STOCK.items() if getattr(*key) is not stock] == []

@@ -314,7 +314,7 @@ GROUP_NORM = [
     ("_channel_sums_kernel", "& (cols < S)[None, :]", "", MEMORY),
     ("_backward_kernel", "row % GROUPS * CHANNELS", "row % GROUPS", FLOAT64),
     ("_backward_kernel", "xhat * mean_gx", "x * mean_gx", FLOAT64),
-    ("_backward_kernel", "mask_c & (cols < S)", "mask_c", MEMORY),
+    ("_tile_of_a_row", "mask_c & (cols < S)", "mask_c", MEMORY),
     ("_backward_wide_kernel", "& (members < CHANNELS)", "", FLOAT64),
     ("_backward_wide_kernel", "(x - mean) * rstd * mean_gx", "(x - mean) * mean_gx", FLOAT64),
 ]

@@ -239,7 +239,7 @@ def dkdv_kernel(  # noqa: PLR0915
                 begin, tl.minimum(full_begin, end), b, h, H_kv * GROUP, total_q,
                 stride_qm, stride_qh, stride_dom, stride_doh, S_q, S_k, offs_n, left, right, scale,
                 score, None, 0,
-            True, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, DELTA_FIRST,
+                True, GROUP, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, DELTA_FIRST,
             )  # fmt: skip
         dk, dv = _gather_dkdv(
             dk, dv, k, v, q_ptr, do_ptr, lse_ptr, minus_delta_ptr, gain_ptr,
@@ -384,7 +384,7 @@ def dq_kernel(  # noqa: PLR0915
                 stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
                 score, slope, bias_ptr, head, seed, None, 0,
                 True, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, sums_ptr is not None,
-            DELTA_FIRST,
+                DELTA_FIRST,
             )  # fmt: skip
         dq, sums = _gather_dq(
             dq, sums, q, do, lse, minus_delta, k_ptr, v_ptr, full_begin, full_end,

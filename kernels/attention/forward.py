@@ -210,7 +210,7 @@ def _forward_kernel(  # noqa: C901, PLR0915
                 stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
                 score, slope, bias_ptr, head, seed, None, 0,
                 True, ALIKE, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_E, BLOCK_DV, BLOCK_N, TMA,
-            SPECIALISED,
+                SPECIALISED,
             )  # fmt: skip
         acc, l_i, m_i = _attend(
             acc, l_i, m_i, q, q_rest, k_ptr, k_rest_ptr, v_ptr, b, h_kv, full_begin, full_end,
