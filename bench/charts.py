@@ -283,6 +283,7 @@ def roofline(
         parts.append(_text(left - 8, y + 4, human(tick).replace(" ", ""), "end"))
     middle = (left + width - right) / 2
     parts.append(_text(middle, height - 6, "FLOP a byte", "middle", "axis"))
+    taken: list[tuple[float, float, float, float]] = []  # left, top, right, bottom
     for name, peak in peaks:
         ridge = peak / bandwidth
         start = max(x0, y0 / bandwidth)
@@ -293,7 +294,10 @@ def roofline(
         parts.append(element("line", class_="mark", x1=px(ridge), x2=px(ridge), **foot))
         said = f"{name} {human(peak)}FLOP/s, from {plain(ridge)} FLOP a byte"
         parts.append(_text(width - right, py(peak) - 6, said, "end"))
-    taken: list[tuple[float, float, float, float]] = []
+        words_left = width - right - 6.6 * len(said)
+        taken.append((words_left, py(peak) - 16, width - right, py(peak) - 3))
+        taken += _along((px(start), py(start * bandwidth)), (px(ridge), py(peak)))
+        taken.append((px(ridge), py(peak) - 1, width - right, py(peak) + 1))
     dots, words = [], []
     for point in sorted(points, key=lambda p: -p.speed):
         x, y = px(point.intensity), py(point.speed)
@@ -307,6 +311,17 @@ def roofline(
         if label is not None:
             words.append(_text(*label, point.name))
     return _svg(width, height, title, [*parts, *words, *dots])
+
+
+def _along(
+    begin: tuple[float, float], end: tuple[float, float]
+) -> list[tuple[float, float, float, float]]:
+    """Small boxes that cover a slanted line."""
+    (x0, y0), (x1, y1) = begin, end
+    steps = max(1, math.ceil((x1 - x0) / 4))
+    xs = [x0 + (x1 - x0) * i / steps for i in range(steps + 1)]
+    ys = [y0 + (y1 - y0) * i / steps for i in range(steps + 1)]
+    return [(xs[i], min(ys[i], ys[i + 1]), xs[i + 1], max(ys[i], ys[i + 1])) for i in range(steps)]
 
 
 def _decades(values: Sequence[float]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from .machine_code import disassembled, read
 from .model import cost, kept_cost
 from .rules import Compiled
 
-_CHUNK = 12  # kernels a disassembler run shares
+_CHUNK = 24  # kernels a disassembler run shares
 
 _jobs: list[tuple[Launch, int]] = []  # read by the forked workers
 

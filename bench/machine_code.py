@@ -96,12 +96,13 @@ class MachineCode:
         return blocks, blocks * self.warps * 32 / gpu.threads, limiter
 
 
-def disassembled(compiled: Sequence[Any]) -> dict[str, Disassembly]:
-    """Compiled kernels' instructions by hash; the disassembler runs once a capability."""
+def disassembled(compiled: Sequence[Any], *, named: bool = True) -> dict[str, Disassembly]:
+    """Compiled kernels' instructions by hash; arguments as those of ``disassemble_all``."""
     found: dict[str, Disassembly] = {}
     for arch in {kernel.metadata.target.arch for kernel in compiled}:
         chosen = {k.hash: k.asm["cubin"] for k in compiled if k.metadata.target.arch == arch}
-        found |= zip(chosen, disassemble_all(list(chosen.values()), arch), strict=True)
+        cubins = list(chosen.values())
+        found |= zip(chosen, disassemble_all(cubins, arch, named=named), strict=True)
     return found
 
 
@@ -125,7 +126,7 @@ def read(compiled: Sequence[Any], code: dict[str, Disassembly] | None = None) ->
     facts = {kernel.hash: kept for kernel in compiled if (kept := _kept(kernel))}
     missing = {kernel.hash: kernel for kernel in compiled if kernel.hash not in facts}
     code = code or {}
-    code = code | disassembled([k for key, k in missing.items() if key not in code])
+    code = code | disassembled([k for key, k in missing.items() if key not in code], named=False)
     for key, kernel in missing.items():
         info = elf_info(kernel.asm["cubin"])
         facts[key] = MachineCode(

@@ -287,7 +287,7 @@ def _roofs(report: dict[str, Any], ops: Sequence[str]) -> list[str]:
             chart = roofline(
                 f"{target}: forwards under the roofline",
                 part["dram_gbs"] * 1e9,
-                [("half precision", part["half_flops"])],
+                list(part["peak_flops"].items()),
                 points,
                 colour=colour,
                 width=width,
@@ -297,9 +297,9 @@ def _roofs(report: dict[str, Any], ops: Sequence[str]) -> list[str]:
         return []
     note = (
         "Modelled FLOPs a second against the FLOPs for each byte that the call must move; the line "
-        "is the least of the part's memory and its half-precision products, at their nominal "
-        "rates. Ringed in red: a peer's forward is modelled faster. Ops that only move numbers "
-        "have no FLOPs, and no dot."
+        "is the least of the part's memory and its products in half precision (and in float8 where "
+        "a kernel uses them), at their nominal rates. Ringed in red: a peer's forward is modelled "
+        "faster. Ops that only move numbers have no FLOPs, and no dot."
     )
     return [heading("Under the roofline"), paragraph(note), cards(boxes)]
 

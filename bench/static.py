@@ -129,17 +129,26 @@ def _row(case: Case, arch: int, result: Compiled | Failure) -> dict[str, Any]:
     return row
 
 
-def _part(arch: int) -> dict[str, Any]:
-    """The part that stands for a target, and FLOPs a second of its half-precision products."""
+def _part(arch: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The part that stands for a target, and FLOPs a second of the products that the rows use."""
     work = 10**15
-    return {**part(arch), "half_flops": work / roofline(arch, (0, work), half=True) * 1e6}
+    peaks = {"half precision": work / roofline(arch, (0, work), half=True) * 1e6}
+    if any(_float8(row) for row in rows if as_target(row["target"]).arch == arch):
+        rates = GPUS[arch].tensor
+        peaks["float8"] = peaks["half precision"] * rates["fp8"] / rates["f16"]
+    return {**part(arch), "peak_flops": peaks}
+
+
+def _float8(row: dict[str, Any]) -> bool:
+    """Whether tensor cores multiply float8 in a row's kernel: QMMA, QGMMA, UTCQMMA."""
+    return any("Q" in name for name in row.get("tensor", ()))
 
 
 def _roofline(arch: int, work: tuple[int, int], members: Sequence[dict[str, Any]]) -> float:
     """Microseconds of a call at the part's peak, at that of float8 where its products are."""
     bytes_, flops = work
     half = members[0]["dtype"] in ("float16", "bfloat16")
-    if any("Q" in name for member in members for name in member["tensor"]):  # QMMA, UTCQMMA
+    if any(_float8(member) for member in members):
         rates = GPUS[arch].tensor
         flops = flops * rates["f16"] // rates["fp8"]  # so many in half precision take as long
     return roofline(arch, (bytes_, flops), half)
@@ -297,7 +306,7 @@ def static_report(
         "environment": environment(),
         "command": " ".join(["fastlm", *sys.argv[1:]]),
         "targets": list(targets),
-        "parts": {target: _part(as_target(target).arch) for target in targets},
+        "parts": {target: _part(as_target(target).arch, rows) for target in targets},
         "missing_peers": missing,
         "assumptions": [*ASSUMPTIONS, *(_PEERS_ASSUME if peers else ())],
         "seconds": round(time.perf_counter() - started, 1),

@@ -46,3 +46,25 @@ def test_labels_keep_apart_and_losses_come_first():
         for b in boxes[:i]:
             assert a[2] < b[0] or b[2] < a[0] or abs(a[1] - b[1]) >= 11
     assert svg.count("<title>op number") == 41  # a hint each, and the ring's
+
+
+def test_labels_leave_the_roof_and_its_words_free():
+    crowd = [Point(f"op number {i}", 30.0 + 8 * i, 20e12 + 3e12 * i, "") for i in range(30)]
+    svg = roofline("r", 1e12, [("half", 100e12), ("quarter", 200e12)], crowd, colour=0)
+    roofs = [
+        [tuple(map(float, c.split(","))) for c in points.split()]
+        for points in re.findall(r'points="([^"]+)"', svg)
+    ]
+    said = re.findall(r'x="([\d.]+)" y="([\d.]+)" text-anchor="end">((?:half|quarter)[^<]+)<', svg)
+    assert len(said) == len(roofs) == 2
+    words = [(float(x) - 6.6 * len(text), float(x), float(y)) for x, y, text in said]
+    labels = re.findall(r'x="([\d.]+)" y="([\d.]+)" text-anchor="start">(op number \d+)<', svg)
+    assert len(labels) >= 6
+    for x, y, name in labels:
+        left, right, base = float(x), float(x) + 6.6 * len(name), float(y)
+        for begin, end, line in words:
+            assert right < begin or end < left or abs(base - line) >= 11
+        for (x0, y0), (ridge, peak), _ in roofs:
+            for at in (left, (left + right) / 2, right):
+                roof = peak if at >= ridge else y0 + (peak - y0) * (at - x0) / (ridge - x0)
+                assert not base - 9 < roof < base + 2, (name, at, roof)

@@ -97,14 +97,16 @@ def chosen() -> dict[int, list[Case]]:
                 tiles.add(tile_of(case, target))
                 seen |= features(case)
                 found[target].append(case)
-    todo = [(target, case) for target, cases in captured().items() for case in cases]
+    todo = [
+        (target, case, features(case)) for target, cases in captured().items() for case in cases
+    ]
     while todo:
-        todo = [(target, case) for target, case in todo if features(case) - seen]
+        todo = [(target, case, new - seen) for target, case, new in todo if new - seen]
         if todo:  # the most that is new, and of those the target with the least to do
-            most = max(len(features(case) - seen) for _, case in todo)
-            best = [(t, c) for t, c in todo if len(features(c) - seen) == most]
-            target, case = min(best, key=lambda pair: len(found[pair[0]]))
-            seen |= features(case)
+            most = max(len(new) for *_, new in todo)
+            best = [job for job in todo if len(job[2]) == most]
+            target, case, new = min(best, key=lambda job: len(found[job[0]]))
+            seen |= new
             found[target].append(case)
     return found
 

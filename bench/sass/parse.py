@@ -120,11 +120,16 @@ def disassemble(cubin: bytes) -> Disassembly:
     return instructions, labels
 
 
-def disassemble_all(cubins: Sequence[bytes], arch: int) -> list[Disassembly]:
+def disassemble_all(cubins: Sequence[bytes], arch: int, *, named: bool = True) -> list[Disassembly]:
     """As ``disassemble``, of several cubins of one capability.
 
     Starting the disassembler costs half a second, so their bare code goes through it as one. It
     then knows no names: a cubin that calls a subroutine or jumps by a table goes through alone.
+
+    Args:
+        cubins: Of kernels.
+        arch: Their capability.
+        named: Whether calls and tables need the places they lead to; instructions alone do not.
     """
     starts, code = [], b""
     for cubin in cubins:
@@ -146,7 +151,7 @@ def disassemble_all(cubins: Sequence[bytes], arch: int) -> list[Disassembly]:
             pending = None
     found = []
     for cubin, instructions in zip(cubins, parts, strict=True):
-        if not instructions or any(i.base in ("BRX", "CALL") for i in instructions):
+        if not instructions or (named and any(i.base in ("BRX", "CALL") for i in instructions)):
             found.append(disassemble(cubin))
         else:
             targets = sorted({i.target for i in instructions} - {-1})
