@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from .table import human
 
 Series = tuple[str, Sequence[tuple[float, float]]]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def element(name: str, content: str | None = None, **attributes: Any) -> str:
@@ -283,22 +285,22 @@ def roofline(
         parts.append(_text(left - 8, y + 4, human(tick).replace(" ", ""), "end"))
     middle = (left + width - right) / 2
     parts.append(_text(middle, height - 6, "FLOP a byte", "middle", "axis"))
-    taken: list[tuple[float, float, float, float]] = []  # left, top, right, bottom
+    taken: list[Box] = []
+    words = []  # over the lines, so that a line crossed by another roof's words gives way
     for name, peak in peaks:
         ridge = peak / bandwidth
         start = max(x0, y0 / bandwidth)
         corners = ((start, start * bandwidth), (ridge, peak), (x1, peak))
-        path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in corners)
+        places = [(px(x), py(y)) for x, y in corners]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(element("polyline", class_=f"line s{colour}", points=path))
         foot: dict[str, Any] = {"y1": py(peak), "y2": height - bottom}
         parts.append(element("line", class_="mark", x1=px(ridge), x2=px(ridge), **foot))
         said = f"{name} {human(peak)}FLOP/s, from {plain(ridge)} FLOP a byte"
-        parts.append(_text(width - right, py(peak) - 6, said, "end"))
-        words_left = width - right - 6.6 * len(said)
-        taken.append((words_left, py(peak) - 16, width - right, py(peak) - 3))
-        taken += _along((px(start), py(start * bandwidth)), (px(ridge), py(peak)))
-        taken.append((px(ridge), py(peak) - 1, width - right, py(peak) + 1))
-    dots, words = [], []
+        words.append(_text(width - right, py(peak) - 6, said, "end", "tick over"))
+        taken.append(_box(width - right - _length(said), py(peak) - 6, said))
+        taken += [box for a, b in pairwise(places) for box in _along(a, b)]
+    dots = []
     for point in sorted(points, key=lambda p: -p.speed):
         x, y = px(point.intensity), py(point.speed)
         hint = _hint(f"{point.name}, {point.hint}")
@@ -309,14 +311,22 @@ def roofline(
     for point in sorted(points, key=lambda p: (not p.lost, -p.speed)):
         label = _beside(px(point.intensity), py(point.speed), point.name, taken, width - right)
         if label is not None:
-            words.append(_text(*label, point.name))
+            words.append(_text(*label, point.name, kind="tick over"))
     return _svg(width, height, title, [*parts, *words, *dots])
 
 
-def _along(
-    begin: tuple[float, float], end: tuple[float, float]
-) -> list[tuple[float, float, float, float]]:
-    """Small boxes that cover a slanted line."""
+def _length(words: str) -> float:
+    """Pixels that words take at the size of a tick's."""
+    return 6.6 * len(words)
+
+
+def _box(x: float, y: float, words: str) -> Box:
+    """What words cover that start at x on the line y."""
+    return (x, y - 10, x + _length(words), y + 3)
+
+
+def _along(begin: tuple[float, float], end: tuple[float, float]) -> list[Box]:
+    """Small boxes that cover a line."""
     (x0, y0), (x1, y1) = begin, end
     steps = max(1, math.ceil((x1 - x0) / 4))
     xs = [x0 + (x1 - x0) * i / steps for i in range(steps + 1)]
@@ -337,17 +347,17 @@ def _powers(low: float, high: float) -> list[float]:
 
 
 def _beside(
-    x: float, y: float, words: str, taken: list[tuple[float, float, float, float]], edge: float
+    x: float, y: float, words: str, taken: list[Box], edge: float
 ) -> tuple[float, float] | None:
     """Where words fit right or left of, above or below a dot; their place is then taken."""
-    length = 6.6 * len(words)
+    length = _length(words)
     right, left, middle = x + 9, x - 9 - length, x - length / 2
     level = [(right, y + 4), (left, y + 4)]
     lower = [(right, y + 15), (left, y + 15), (middle, y + 21)]
     upper = [(right, y - 8), (left, y - 8), (middle, y - 12)]
     places = level + lower + upper
     for at, base in places:
-        box = (at, base - 10, at + length, base + 3)
+        box = _box(at, base, words)
         free = all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in taken)
         if free and at > 58 and box[2] < edge:
             taken.append(box)

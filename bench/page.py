@@ -55,6 +55,7 @@ svg .mark { stroke: var(--ink); stroke-dasharray: 3 3 }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round }
 svg .lost { fill: none; stroke: var(--bad); stroke-width: 2 }
 svg .dot { stroke: var(--card); stroke-width: 1.5 } svg .name { font-weight: 600 }
+svg .over { stroke: var(--card); stroke-width: 4; paint-order: stroke }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px; color: var(--soft);
   margin: 2px 0 10px }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 3px;

@@ -9,7 +9,9 @@ import triton.language as tl
 
 from fastlm.bench.capture import capture_launches
 from fastlm.bench.compile import Failure, compile_all
+from fastlm.bench.machine_code import disassembled
 from fastlm.bench.rules import accepted, refusals
+from fastlm.bench.sass import parse
 
 
 @triton.jit
@@ -216,3 +218,21 @@ def test_accepted_refusals_are_of_one_kernel_and_rule():
     narrow = "narrow_access: most loads are narrow"
     assert accepted("momentum_kernel", "bfloat16 (2 x 3)", narrow)
     assert accepted("momentum_kernel", "float32 (2 x 3)", narrow) is None
+
+
+def test_a_kernel_that_calls_a_subroutine_is_read_in_the_batch_as_alone(monkeypatch):
+    x = torch.empty(1 << 12)
+    with capture_launches(90) as captured:
+        _float64_kernel[(4,)](x, x, 1024)
+        _good_kernel[(4,)](x, x, 1024, 1024)
+    launches = captured.launches
+    kernels = [launch.compile() for launch in launches]
+    named = disassembled(kernels)
+    runs = []
+    disassembler = parse._nvdisasm
+    monkeypatch.setattr(parse, "_nvdisasm", lambda *a: (runs.append(a), disassembler(*a))[1])
+    bare = disassembled(kernels, named=False)
+    assert len(runs) == 1
+    opcodes = {key: [i.opcode for i in code[0]] for key, code in named.items()}
+    assert any("CALL" in name for name in opcodes[kernels[0].hash])
+    assert {key: [i.opcode for i in code[0]] for key, code in bare.items()} == opcodes

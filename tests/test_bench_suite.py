@@ -377,5 +377,15 @@ def test_the_static_report(tmp_path, capsys):
 def test_float8_products_are_held_to_their_own_peak(tmp_path):
     out = tmp_path / "r.json"
     bench("static", "--op", "fp8_linear", "--target", "sm_89", "--json", str(out))
-    (call,) = json.loads(out.read_text())["calls"]
+    found = json.loads(out.read_text())
+    (call,) = found["calls"]
     assert 0.3 < call["roofline_share"] <= 1
+    peaks = found["parts"]["sm_89"]["peak_flops"]
+    assert peaks["float8"] == pytest.approx(2 * peaks["half precision"])
+    assert f"float8 {peaks['float8'] / 1e12:.0f} TFLOP/s" in html(found)
+
+
+def test_a_report_without_float8_products_shows_no_such_roof(tmp_path):
+    out = tmp_path / "r.json"
+    bench("static", "--op", "layer_norm", "--target", "sm_89", "--json", str(out))
+    assert list(json.loads(out.read_text())["parts"]["sm_89"]["peak_flops"]) == ["half precision"]
