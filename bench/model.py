@@ -89,19 +89,29 @@ class Modelled:
     guessed: bool = False
 
 
-def _sample(size: int) -> list[int]:
-    """Up to five positions that stand for ``size`` of them, evenly."""
-    taken = min(size, 5)
-    return [int((i + 0.5) * size / taken) for i in range(taken)]
+_SAMPLES = 32
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+def _sample(grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+    """Up to 32 programs that stand for a grid: spread evenly, and out of step with its periods.
+
+    A grid of one dimension runs through the tiles of each head in turn, so even steps would meet
+    the same few tiles of every head.
+    """
+    x, y, z = grid
+    size = x * y * z
+    taken = {int((i + 0.5) * _GOLDEN % 1 * size) for i in range(_SAMPLES)}
+    if size <= _SAMPLES:
+        taken = set(range(size))
+    return [(i % x, i // x % y, i // (x * y)) for i in sorted(taken)]
 
 
 def _mean_turns(launch: Launch, ttir: str) -> tuple[list[float], list[str]]:
     """Turns of each innermost loop in the mean program, and what had to be guessed."""
     kernel = parse(ttir)
     grid = launch.grid or (1, 1, 1)
-    programs = [
-        (x, y, z) for x in _sample(grid[0]) for y in _sample(grid[1]) for z in _sample(grid[2])
-    ]
+    programs = _sample(grid)
     values = launch.values()
     counts = [trip_counts(kernel, values, grid, program) for program in programs]
     leaves = [not any(x.loop for x in s.nested()) for s in kernel.loops()]

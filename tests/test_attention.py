@@ -229,13 +229,13 @@ def test_memory(size, causal):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_saved_for_the_backward(dtype):
-    """q, k, v, o, lse and for float32 its gain; nothing that grows with S_q S_k."""
+    """q, k, v, o, lse and for float32 two peaks beside it; nothing that grows with S_q S_k."""
     given = inputs(B=2, S_q=48, S_k=64, H=2, dtype=dtype)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         flash_attention(**given)
     q, k = given["q"], given["k"]
-    rows = 4 * 2 * 2 * 48 * (2 if dtype == torch.float32 else 1)
+    rows = 4 * 2 * 2 * 48 * (3 if dtype == torch.float32 else 1)
     assert sum(t.nbytes for t in saved) == 2 * q.nbytes + 2 * k.nbytes + rows
 
 
@@ -479,13 +479,43 @@ def test_sdpa_masks_that_shift_whole_rows_have_no_gradient():
     assert mask.grad.abs().max() < 1e-5
 
 
-def test_sdpa_rows_that_a_mask_hides_whole_are_zero():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sdpa_rows_that_a_mask_hides_whole_are_zero(dtype):
+    torch.manual_seed(0)
     mask = torch.ones(9, 20, dtype=torch.bool)
     mask[4] = False
-    given = {"query": leaf(2, 3, 9, 8), "key": leaf(2, 3, 20, 8), "value": leaf(2, 3, 20, 8)}
+    given = {
+        name: leaf(2, 3, 9 if name == "query" else 20, 8, dtype=dtype)
+        for name in ("query", "key", "value")
+    }
     o = scaled_dot_product_attention(**given, attn_mask=mask)
     assert (o[:, :, 4] == 0).all()
     sdpa_check(given | {"attn_mask": mask})
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("value", ["min", "half of min", "-1e30"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sdpa_masks_of_the_least_number(dtype, value, with_gradient):
+    """As Hugging Face pads: a row of nothing else is the mean of the values, and so its gradient.
+
+    PyTorch's fused backward takes each weight of such a row for 1, hence the reference in full.
+    """
+    low = torch.finfo(dtype).min
+    mask = torch.zeros(40, 40, dtype=dtype)
+    mask[2, 1:] = mask[3:] = {"min": low, "half of min": low / 2, "-1e30": -1e30}[value]
+    mask[5] = -math.inf
+    torch.manual_seed(0)
+    given = {n: leaf(2, 3, 40, 16, dtype=dtype) for n in ("query", "key", "value")}
+    given["attn_mask"] = mask.requires_grad_(with_gradient)
+
+    def in_full(query, key, value, attn_mask):
+        scores = query @ key.mT / 4 + attn_mask
+        hidden = scores.isneginf().all(-1, keepdim=True)
+        return scores.masked_fill(hidden, 0.0).softmax(-1).masked_fill(hidden, 0.0) @ value
+
+    got = outcome(scaled_dot_product_attention, given)
+    assert_within_contract(got, outcome(in_full, given), outcome(in_full, doubled(given)))
 
 
 def test_sdpa_dropout():

@@ -74,7 +74,8 @@ def test_heads_of_8_times_an_odd_number_are_copied_wide():
         ("sm90", 12, True, 128, "HGMMA"),
         ("sm90", 12, True, 64, "HGMMA"),
         ("sm100", 20, True, 128, "UTCHMMA"),
-        ("sm100", 16, False, 64, "UTCHMMA"),
+        ("sm100", 12, False, 64, "UTCHMMA"),
+        ("sm100", 12, True, 64, "UTCHMMA"),
     ],
 )
 def test_specialised_forms_compile_and_specialise(target, warps, causal, D, tensor):

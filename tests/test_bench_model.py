@@ -29,6 +29,16 @@ def _rows_kernel(x_ptr, y_ptr, stride, M, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _period_kernel(x_ptr, y_ptr, PERIOD, BLOCK: tl.constexpr):
+    """As the tiles of causal attention: each program of a period turns once more than the last."""
+    cols = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(tl.program_id(0) % PERIOD + 1):
+        total += tl.load(x_ptr + i.to(tl.int64) * BLOCK + cols)
+    tl.store(y_ptr + cols, total)
+
+
+@triton.jit
 def _triangle_kernel(x_ptr, y_ptr, N, LATER: tl.constexpr, BLOCK: tl.constexpr):
     """Nested loops whose counts hang on the program and on each other."""
     cols = tl.arange(0, BLOCK)
@@ -112,6 +122,14 @@ def test_turns_of_nested_loops(later):
         end = min((program + 1) * 2, 24)
         end = 24 - end if later else end
         assert turns_of(launch, compiled, program) == [end, sum(i + 1 for i in range(end))]
+
+
+@pytest.mark.parametrize("period", [3, 16, 20, 64])
+def test_programs_that_stand_for_a_grid_are_in_no_step_with_it(period):
+    launch, compiled = launched(_period_kernel, 90, X, X, period, grid=(4096,), BLOCK=1024)
+    found = model(launch, compiled.asm["ttir"], cost(compiled))
+    mean = (period + 1) / 2
+    assert found.bytes == pytest.approx(4096 * 4096 * (mean + 1), rel=0.06)
 
 
 def test_turns_that_hang_on_a_table_are_read_from_it():

@@ -20,7 +20,6 @@ import test_adamw_options
 import test_add_norm
 import test_attention
 import test_attention_decode
-import test_attention_options
 import test_cross_entropy
 import test_dropout
 import test_embedding
@@ -114,7 +113,8 @@ STRIDES = test_ops.test_any_strides_give_the_same_answer
 LARGE_LOGITS = test_attention.test_large_logits
 TWO_TILES = test_attention.test_heads_of_two_tiles
 PAGES = test_attention_decode.test_dtypes
-HIDDEN_ROWS = test_attention_options.test_rows_that_a_bias_hides_whole
+HIDDEN_ROWS = test_attention.test_sdpa_rows_that_a_mask_hides_whole_are_zero
+LEAST = test_attention.test_sdpa_masks_of_the_least_number
 OWN_STRIDES = test_add_norm.test_each_tensor_has_its_own_strides
 WIDE_DROPOUT = test_add_norm.test_dropout_of_narrow_and_of_wide_rows
 SHIFT = test_softmax.test_a_shift_of_the_logits_costs_no_accuracy
@@ -173,14 +173,14 @@ LAYER_NORM = [
 FLASH, RAGGED, DECODE = "flash_attention", "flash_attention_varlen", "flash_attention_decode"
 SDPA = "scaled_dot_product_attention"
 ATTENTION = [
-    (FLASH, "forward:_attend", "l_i = l_i * alpha +", "l_i = l_i +", FLOAT64),
+    (FLASH, "forward:_attend", "l_i = l_i * alpha[:, None] +", "l_i = l_i +", FLOAT64),
     (FLASH, "forward:_attend", "acc = acc * alpha[:, None]", "acc = acc * 1.0", FLOAT64),
-    (FLASH, "forward:_attend", 'tl.where(m_new == float("-inf"), 0.0, m_new)', "m_new", FLOAT64),
+    (FLASH, "forward:_forward_kernel", "LOWEST / tl.maximum(factor, 1.0)", "LOWEST * 2", FLOAT64),
     (FLASH, "forward:_attend", "qk = dot(q_rest, k, qk)", "pass", TWO_TILES),
     (FLASH, "forward:_forward_kernel", "h_kv = h // GROUP", "h_kv = h % (H // GROUP)", FLOAT64),
     (FLASH, "forward:_forward_kernel", "offs_m, lse, mask=mask_m)", "offs_m, lse)", MEMORY),
-    (FLASH, "forward:_forward_kernel", "- tl.math.log2(l_safe)", "", FLOAT64),
-    (FLASH, "forward:_forward_kernel", "(product(lse, LOG2_E) - m_i)", "0.0", LARGE_LOGITS),
+    (FLASH, "forward:_forward_kernel", "1.0 / l_safe, mask", "1.0, mask", FLOAT64),
+    (FLASH, "forward:_forward_kernel", 'float("inf"), m_i)', "m_i, lse * LOG2_E)", LARGE_LOGITS),
     (FLASH, "_scores:seen_keys", "offs_n <= last", "offs_n < last", FLOAT64),
     (FLASH, "_scores:seen_queries", "offs_m <= offs_n", "offs_m < offs_n", FLOAT64),
     (FLASH, "_scores:key_range", "last + right + 1", "last + right", FLOAT64),
@@ -189,7 +189,8 @@ ATTENTION = [
     (FLASH, "_scores:shape_scores", "tl.minimum(cols, S_k - 1)", "cols", MEMORY),
     (FLASH, "_scores:kept", "(zero + rows)", "zero", FLOAT64),
     (FLASH, "backward:rows_kernel", "minus_delta += tl.load", "minus_delta -= tl.load", FLOAT64),
-    (FLASH, "backward:rows_kernel", 'lse == float("-inf")', "lse == 0.0", HIDDEN_ROWS),
+    (SDPA, "backward:rows_kernel", 'lse == float("-inf")', "lse == 0.0", HIDDEN_ROWS),
+    (SDPA, "_scores:shape_scores", "tl.maximum(bias * LOG2_E, LOWEST)", "bias * LOG2_E", LEAST),
     (FLASH, "backward:_gather_dkdv", "tl.fma(pT, dpT, pT * minus_delta[None, :])", "pT", FLOAT64),
     (FLASH, "backward:_gather_dkdv", "broadcast_to(minus_delta[None, :], ", "zeros(", FLOAT64),
     (FLASH, "backward:_gather_dq", "ds *= slack", "ds *= 1.0", FLOAT64),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028e38)  # of float32, with room for a rounding
 ROUNDS = tl.constexpr(7)  # of Philox; 7 pass every test of BigCrush (Salmon et al. 2011, table 2)
 
 
@@ -79,12 +80,6 @@ def head_of(b, h, H, score):
 
 
 @triton.jit
-def product(x, y):
-    """The product, rounded before it enters a sum: a compiler would fuse ``x * y`` into it."""
-    return tl.fma(x, y, 0.0)
-
-
-@triton.jit
 def tanh(x):
     """To about 1e-7 of 1; near 0 by its series, where 1 - 2 / (e^2x + 1) would cancel."""
     square = x * x
@@ -118,7 +113,9 @@ def shape_scores(qk, rows, cols, slope, bias_ptr, S_q, S_k, scale, score):
         if score.bias_ptr.dtype.element_ty == tl.int1:
             s = tl.where(bias, s, float("-inf"))
         else:
-            s += bias.to(tl.float32) * LOG2_E
+            # the least bias of a type stands for a mask, and a row of nothing else has an answer
+            bias = bias.to(tl.float32)
+            s += tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2_E, LOWEST))
     return s, slack
 
 

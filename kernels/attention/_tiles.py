@@ -44,15 +44,15 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
         256: Tile(64, 64, 8, 2), 512: Tile(32, 32, 8, 2),
     },
     ("forward", "hopper"): {
-        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 192: Tile(128, 128, 8, 2),
+        64: Tile(128, 64, 4, 3), 128: Tile(128, 128, 8, 2), 192: Tile(128, 128, 8, 2),
         256: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2),
     },
     ("forward", "blackwell"): {
-        64: Tile(128, 128, 8, 2), 128: Tile(128, 128, 8, 2), 192: Tile(128, 128, 8, 2),
+        64: Tile(128, 64, 4, 2), 128: Tile(128, 128, 8, 2), 192: Tile(128, 128, 8, 2),
         256: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2),
     },
     ("forward", "small"): {
-        64: Tile(128, 128, 8, 2), 128: Tile(128, 64, 8, 2), 192: Tile(128, 32, 8, 2),
+        64: Tile(128, 64, 4, 2), 128: Tile(128, 64, 8, 2), 192: Tile(128, 32, 8, 2),
         256: Tile(64, 32, 8, 2), 512: Tile(32, 32, 8, 2),
     },
     ("dkdv", "a100"): {
@@ -238,6 +238,22 @@ def starts_full(x: Tensor) -> bool:
     64 dimensions has 10 % more instructions on sm_100 (Triton 3.7.1).
     """
     return gpu_class(x) != "blackwell"
+
+
+def partial_sums(tile: Tile, x: Tensor, width: int) -> int:
+    """Into how many columns the forward sums weights, so that no thread asks another in its loop.
+
+    The results of mma.sync and WGMMA lie so that four threads share a row, two columns of eight
+    each: sums by column mod 8. Of tensor memory a thread of 4 warps reads a row, of 8 warps half a
+    row. 1, where rows cross warps, or where two more numbers a thread spill (sm_80, 128
+    dimensions).
+    """
+    gpu = gpu_class(x)
+    if gpu == "blackwell":
+        return tile.warps // 4
+    if tile.m < 16 * tile.warps or (gpu == "a100" and width >= 128):
+        return 1
+    return 8
 
 
 @triton.jit

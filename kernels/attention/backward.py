@@ -8,7 +8,7 @@ With p = e^(s - lse), recomputed a tile at a time, and t = scale q k^T before so
 The products do v^T start from -delta where that costs nothing (``DELTA_FIRST``): it spares the sums
 after them, and the registers of the deltas.
 
-Of float32 inputs p is multiplied by gain, the factor that takes out the rounding of lse.
+Where the forward kept peaks, p = 2^(s - m) gain with gain = 1 / l: no rounding of lse enters.
 
 For dsink delta is sum_j p (do v^T) - dlse, which owes nothing to o's rounding. Dropout's mask and
 factor lie on p where it makes dv, and on do v^T.
@@ -30,7 +30,6 @@ from ._scores import (
     key_range,
     listed,
     locate,
-    product,
     query_range,
     seen_keys,
     seen_queries,
@@ -66,10 +65,11 @@ def rows_kernel(
         dlse_ptrs = dlse_ptr + b * stride_lb + h * stride_lh + rows * stride_lm
         minus_delta += tl.load(dlse_ptrs, mask=mask_m, other=0.0)
     offsets = pid_bh * S_q + rows
-    lse = tl.load(lse_ptr + offsets, mask=mask_m, other=0.0)
-    # a row that saw no key: p = 2^(s - inf) = 0
-    lse2 = tl.where(lse == float("-inf"), float("inf"), product(lse, LOG2_E))
-    tl.store(lse2_ptr + offsets, lse2, mask=mask_m)
+    if lse2_ptr is not None:
+        lse = tl.load(lse_ptr + offsets, mask=mask_m, other=0.0)
+        # a row that saw no key: p = 2^(s - inf) = 0
+        lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+        tl.store(lse2_ptr + offsets, lse2, mask=mask_m)
     tl.store(minus_delta_ptr + offsets, minus_delta, mask=mask_m)
 
 

@@ -42,7 +42,7 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, do, dlse, _):
-    o, lse, gain, block_mask, *tensors = ctx.saved_tensors
+    o, lse, peaks, block_mask, *tensors = ctx.saved_tensors
     q, k, v, sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k = tensors
     rest = (None,) * (_TENSORS - 5 + len(ctx.options) + 1)
     if torch.is_grad_enabled():  # create_graph=True
@@ -58,7 +58,7 @@ def _differentiate(ctx, do, dlse, _):
     if do is None:
         do = torch.zeros_like(o)
     wanted = list(ctx.needs_input_grad[:5])
-    grads = backward(do, dlse, o, lse, gain, *tensors, *ctx.options, wanted, block_mask)
+    grads = backward(do, dlse, o, lse, peaks, *tensors, *ctx.options, wanted, block_mask)
     return *(g if w else None for g, w in zip(grads, wanted, strict=True)), *rest
 
 

@@ -9,8 +9,11 @@ then o = acc / l and lse = (m + log2 l) ln 2. A sink joins l at the end. Tiles t
 the tile sees whole are taken without a mask; those on the edge of the band, and the tail, with one.
 Its warp-specialised forms are in specialised.py.
 
-Of float32 inputs the rounding of a large lse would show in the backward's e^(s - lse): a factor a
-row, gain, takes it out. Half precision does not see it.
+m starts at the least float32 that its factor keeps finite, so that m - m' is never inf - inf. l is
+kept in ``SUMS`` columns a row, which meet once, at the end.
+
+A large lse is rounded, which shows in the backward's e^(s - lse): with float32 inputs, or a bias
+that stands for a mask. There peaks keep m, +inf of a row that saw no key, and gain = 1 / l instead.
 """
 
 import torch
@@ -22,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._scores import (
     LN_2,
     LOG2_E,
+    LOWEST,
     SPARSE,
     blocks_of,
     head_of,
@@ -30,17 +34,37 @@ from ._scores import (
     key_range,
     listed,
     locate,
-    product,
     score_of,
     seen_keys,
     shape_scores,
     tiles_of,
     visited,
 )
-from ._tiles import block_d_of, chunks_of, described, dot, load_rows, load_tile, tile_of
+from ._tiles import (
+    block_d_of,
+    chunks_of,
+    described,
+    dot,
+    load_rows,
+    load_tile,
+    partial_sums,
+    tile_of,
+)
 from .specialised import form_of, launched
 
 # --- kernels ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sums(p, SUMS: tl.constexpr):
+    """Each row's sum in so many columns: as ``partial_sums`` says, each within a thread."""
+    M: tl.constexpr = p.shape[0]
+    N: tl.constexpr = p.shape[1]
+    if SUMS == 8:
+        sums = tl.sum(p.reshape(M, N // SUMS, SUMS), 1)
+    else:
+        sums = tl.sum(p.reshape(M, SUMS, N // SUMS), 2)
+    return sums
 
 
 @triton.jit
@@ -50,6 +74,7 @@ def _attend(
     blocks, list_ptr, MASKED: tl.constexpr, ALIKE: tl.constexpr,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, SPECIALISED: tl.constexpr,
+    SUMS: tl.constexpr,
 ):  # fmt: skip
     """The running softmax over keys start..stop, taken a tile at a time."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -88,12 +113,11 @@ def _attend(
         if MASKED:
             s = tl.where(seen_keys(rows, cols, left, right, S_k), s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
-        # -inf - -inf would be NaN where a row has seen no key yet
-        m_scaled = tl.where(m_new == float("-inf"), 0.0, m_new) * factor
+        m_scaled = m_new * factor
         alpha = tl.math.exp2(m_i * factor - m_scaled)
         acc = acc * alpha[:, None]  # before p: after it, ptxas (CUDA 12.8) spills on sm_80
         p = tl.math.exp2(s * factor - m_scaled[:, None])
-        l_i = l_i * alpha + tl.sum(p, 1)
+        l_i = l_i * alpha[:, None] + _sums(p, SUMS)
         if score.dropout_p is not None:
             p = tl.where(kept(rows, cols, head, seed, score), p, 0.0)
         if TMA:
@@ -108,14 +132,15 @@ def _attend(
 
 @triton.jit(do_not_specialize=["left", "right"])
 def _forward_kernel(  # noqa: C901, PLR0915
-    q_ptr, k_ptr, k_rest_ptr, v_ptr, o_ptr, lse_ptr, gain_ptr, cu_seqlens_q, cu_seqlens_k,
-    sinks_ptr, score, blocks, stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
+    q_ptr, k_ptr, k_rest_ptr, v_ptr, o_ptr, lse_ptr, peak_ptr, gain_ptr,
+    cu_seqlens_q, cu_seqlens_k, sinks_ptr, score, blocks,
+    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_ob, stride_om, stride_oh,
     B, H, S_q, S_k, left, right, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIKE: tl.constexpr, TMA: tl.constexpr,
-    SPECIALISED: tl.constexpr, ONE_LOOP: tl.constexpr, WHOLE: tl.constexpr,
+    SPECIALISED: tl.constexpr, ONE_LOOP: tl.constexpr, WHOLE: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head. Ragged batches lie end to end in batch 0."""
     pid = tl.program_id(0)
@@ -172,8 +197,9 @@ def _forward_kernel(  # noqa: C901, PLR0915
         mask_e = offs_e < HEAD_DIM
         q_rest = load_tile(q_ptrs, mask_m[:, None], mask_e, True, HEAD_DIM < BLOCK_D + BLOCK_E)
 
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
+    factor = 1.0 if is_shaped(score) else scale * LOG2_E
+    m_i = tl.zeros([BLOCK_M], tl.float32) + LOWEST / tl.maximum(factor, 1.0)
+    l_i = tl.zeros([BLOCK_M, SUMS], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     slope, bias_ptr, seed = head_of(b, h, H, score)
     head = b * H + h
@@ -186,7 +212,7 @@ def _forward_kernel(  # noqa: C901, PLR0915
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, blocks, list_ptr,
             True, ALIKE, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_E, BLOCK_DV, BLOCK_N, TMA,
-            SPECIALISED,
+            SPECIALISED, SUMS,
         )  # fmt: skip
     elif ONE_LOOP:
         k_tiles = tl.make_tensor_descriptor(
@@ -200,7 +226,7 @@ def _forward_kernel(  # noqa: C901, PLR0915
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, None, 0,
             not WHOLE, ALIKE, HEAD_DIM, HEAD_DIM_V, BLOCK_D, None, BLOCK_DV, BLOCK_N, True,
-            SPECIALISED,
+            SPECIALISED, SUMS,
         )  # fmt: skip
     else:
         if left is not None:
@@ -210,14 +236,14 @@ def _forward_kernel(  # noqa: C901, PLR0915
                 stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
                 score, slope, bias_ptr, head, seed, None, 0,
                 True, ALIKE, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_E, BLOCK_DV, BLOCK_N, TMA,
-                SPECIALISED,
+                SPECIALISED, SUMS,
             )  # fmt: skip
         acc, l_i, m_i = _attend(
             acc, l_i, m_i, q, q_rest, k_ptr, k_rest_ptr, v_ptr, b, h_kv, full_begin, full_end,
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, None, 0,
             False, ALIKE, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_E, BLOCK_DV, BLOCK_N, TMA,
-            SPECIALISED,
+            SPECIALISED, SUMS,
         )  # fmt: skip
         acc, l_i, m_i = _attend(
             acc, l_i, m_i, q, q_rest, k_ptr, k_rest_ptr, v_ptr, b, h_kv,
@@ -225,28 +251,26 @@ def _forward_kernel(  # noqa: C901, PLR0915
             stride_kn, stride_vn, S_q, S_k, offs_m, left, right, scale,
             score, slope, bias_ptr, head, seed, None, 0,
             True, ALIKE, HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_E, BLOCK_DV, BLOCK_N, TMA,
-            SPECIALISED,
+            SPECIALISED, SUMS,
         )  # fmt: skip
 
+    l_i = tl.sum(l_i, 1)
     if not is_shaped(score):
-        m_i = product(m_i, scale * LOG2_E)
+        m_i *= scale * LOG2_E
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E
         m_new = tl.maximum(m_i, sink)
-        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.math.exp2(m_i - safe)
+        alpha = tl.math.exp2(m_i - m_new)
         acc *= alpha[:, None]
-        l_i = l_i * alpha + tl.math.exp2(sink - safe)
+        l_i = l_i * alpha + tl.math.exp2(sink - m_new)
         m_i = m_new
     empty = l_i == 0.0
     l_safe = tl.where(empty, 1.0, l_i)
     lse = tl.where(empty, float("-inf"), (m_i + tl.math.log2(l_safe)) * LN_2)
     tl.store(lse_ptr + stats + offs_m, lse, mask=mask_m)
-    if gain_ptr is not None:
-        # close to m, so that the difference is exact
-        excess = (product(lse, LOG2_E) - m_i) - tl.math.log2(l_safe)
-        gain = tl.where(empty, 1.0, tl.math.exp2(excess))
-        tl.store(gain_ptr + stats + offs_m, gain, mask=mask_m)
+    if peak_ptr is not None:
+        tl.store(peak_ptr + stats + offs_m, tl.where(empty, float("inf"), m_i), mask=mask_m)
+        tl.store(gain_ptr + stats + offs_m, 1.0 / l_safe, mask=mask_m)
     if score.dropout_p is not None:
         l_safe *= 1.0 - score.dropout_p
     o = acc / l_safe[:, None]
@@ -316,12 +340,12 @@ def forward_fake(
     dropout_p: float,
     block_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty o (B, S_q, H, D_v), lse (B, H, S_q), and gain: as lse for float32, else of no size."""
+    """Empty o (B, S_q, H, D_v), lse (B, H, S_q) and peaks (2, B, H, S_q), or (0,) if not kept."""
     B, S_q, H, _ = q.shape
     o = q.new_empty(B, S_q, H, v.shape[3])
     lse = q.new_empty(B, H, S_q, dtype=torch.float32)
-    rows = lse.shape if q.dtype == torch.float32 else (0,)
-    return o, lse, q.new_empty(rows, dtype=torch.float32)
+    kept = q.dtype == torch.float32 or (bias is not None and bias.dtype != torch.bool)
+    return o, lse, lse.new_empty((2, *lse.shape) if kept else 0)
 
 
 def forward(
@@ -341,12 +365,12 @@ def forward(
     dropout_p: float,
     block_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of q (B, S_q, H, D) over k and v (B, S_k, H_kv, D or D_v): o, lse and gain.
+    """Attention of q (B, S_q, H, D) over k and v (B, S_k, H_kv, D or D_v): o, lse and peaks.
 
     Keys left <= j - i <= right are seen. With ``cu_seqlens`` B is 1, the sequences lie end to end,
     and the band counts from the last rows.
     """
-    o, lse, gain = forward_fake(
+    o, lse, peaks = forward_fake(
         q, k, v, sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k,
         scale, left, right, softcap, dropout_p,
     )  # fmt: skip
@@ -355,10 +379,11 @@ def forward(
     if cu_seqlens_q is not None:  # rows past the last sequence have no program
         o.zero_()
         lse.fill_(float("-inf"))
-        gain.fill_(1.0)
+        peaks[:1] = float("inf")
+        peaks[1:] = 1.0
     B = sequences(q, cu_seqlens_q)
     if lse.numel() == 0 or B == 0:
-        return o, lse, gain
+        return o, lse, peaks
     q, k, v = rows_aligned(q), rows_aligned(k), rows_aligned(v)
     sinks = None if sinks is None else sinks.contiguous()
     left, right = band(left, right, S_q, S_k, cu_seqlens_q)
@@ -380,12 +405,12 @@ def forward(
 
     def launch(k_given: Tensor | TensorDescriptor, v_given: Tensor | TensorDescriptor, **options):
         _forward_kernel[grid](
-            q, k_given, k_rest, v_given, o, lse, gain if gain.numel() else None,
+            q, k_given, k_rest, v_given, o, lse, *(peaks if peaks.numel() else (None, None)),
             cu_seqlens_q, cu_seqlens_k, sinks, score, blocks_of(block_mask),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
             B, H, S_q, S_k, left, right, scale,
             GROUP=H // H_kv, HEAD_DIM=D, HEAD_DIM_V=D_v, BLOCK_D=block_d, BLOCK_E=block_e,
-            BLOCK_DV=block_dv, ALIKE=alike, **options,
+            BLOCK_DV=block_dv, ALIKE=alike, SUMS=partial_sums(tile, q, width), **options,
         )  # fmt: skip
 
     if tile.specialised and tma and plain:
@@ -394,9 +419,9 @@ def forward(
         if form and launched(
             (D, D_v, right is None, tile, form), q, lambda: launch(*given, **form.options(tile))
         ):
-            return o, lse, gain
+            return o, lse, peaks
     launch(
         k_tiles if tma else k, v_tiles if tma else v,
         TMA=tma, SPECIALISED=False, ONE_LOOP=False, WHOLE=False, **tile.options(),
     )  # fmt: skip
-    return o, lse, gain
+    return o, lse, peaks

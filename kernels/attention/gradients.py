@@ -18,7 +18,7 @@ def backward_fake(
     dlse: Tensor | None,
     o: Tensor,
     lse: Tensor,
-    gain: Tensor,
+    peaks: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -70,7 +70,7 @@ def backward(  # noqa: C901
     dlse: Tensor | None,
     o: Tensor,
     lse: Tensor,
-    gain: Tensor,
+    peaks: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -90,7 +90,7 @@ def backward(  # noqa: C901
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gives dq, dk, dv, dsinks, dbias; ``wanted`` says which. dk and dv come together."""
     grads = backward_fake(
-        do, dlse, o, lse, gain, q, k, v, sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k,
+        do, dlse, o, lse, peaks, q, k, v, sinks, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k,
         scale, left, right, softcap, dropout_p, wanted,
     )  # fmt: skip
     B, S_q, H, D = q.shape
@@ -102,14 +102,14 @@ def backward(  # noqa: C901
     if nothing:
         return grads
     dq, dk, dv, dsinks, dbias = grads
-    factor = gain if gain.numel() else None
     q, k, v, o, do = (rows_aligned(x) for x in (q, k, v, o, do))
     lse = lse.contiguous()
-    lse2, minus_delta = torch.empty_like(lse), torch.empty_like(lse)
+    minus_delta = torch.empty_like(lse)
+    lse2, gain = peaks if peaks.numel() else (torch.empty_like(lse), None)
     block_d, block_dv = block_d_of(D), block_d_of(D_v)
     block_m = min(64, max(16, 8192 // block_dv))
     rows_kernel[(triton.cdiv(S_q, block_m) * B * H,)](
-        o, do, lse, dlse, lse2, minus_delta,
+        o, do, lse, dlse, lse2 if gain is None else None, minus_delta,
         *o.stride()[:3], *do.stride()[:3], *(dlse.stride() if dlse is not None else (None,) * 3),
         H, S_q,
         HEAD_DIM_V=D_v, BLOCK_DV=block_dv, BLOCK_M=block_m, num_warps=4,
@@ -142,7 +142,7 @@ def backward(  # noqa: C901
         dk, dv = _scratch(dk, k, wanted[1]), _scratch(dv, v, wanted[2])
         tile = tile_of("dkdv", q, width, busy=cu_seqlens_q is not None, crowded=crowded)
         dkdv_kernel[(tiles_of(S_k, B, tile.n, cu_seqlens_k) * H_kv,)](
-            q, k, v, do, lse2, minus_delta, factor, dk, dv,
+            q, k, v, do, lse2, minus_delta, gain, dk, dv,
             cu_seqlens_q, cu_seqlens_k, score, blocks_of(block_mask, by_key=True),
             *strides, B, H_kv, S_q, S_k, left, right, scale,
             **dims, **tile.options(), DELTA_FIRST=delta_first and not grouped,
@@ -151,7 +151,7 @@ def backward(  # noqa: C901
         dq = _scratch(dq, q, wanted[0])
         tile = tile_of("dq", q, width, crowded=crowded)
         dq_kernel[(tiles_of(S_q, B, tile.m, cu_seqlens_q) * H,)](
-            q, k, v, do, lse2, minus_delta, factor, dq, sums,
+            q, k, v, do, lse2, minus_delta, gain, dq, sums,
             cu_seqlens_q, cu_seqlens_k, score, blocks_of(block_mask),
             *strides, B, H, S_q, S_k, left, right, scale,
             **dims, **tile.options(), DELTA_FIRST=delta_first,
@@ -164,7 +164,7 @@ def backward(  # noqa: C901
         bias_b, bias_h, bias_m, bias_n = bias.shape
         tiles = triton.cdiv(bias_m, tile.m) * triton.cdiv(bias_n, tile.n)
         dbias_kernel[(tiles * bias_b * bias_h,)](
-            q, k, v, do, lse2, minus_delta, factor, dbias, score, _block_flags(block_mask),
+            q, k, v, do, lse2, minus_delta, gain, dbias, score, _block_flags(block_mask),
             *strides, B, H, S_q, S_k, left, right, scale, *bias.shape,
             **dims, **tile.options(), ONE_ROW=bias_m == 1, ONE_COL=bias_n == 1,
         )  # fmt: skip

@@ -1,11 +1,11 @@
 """Warp-specialised forms of the forward kernel: warps that copy, that multiply, that exponentiate.
 
-Which forms there are is what Triton 3.7.1 compiles. On sm_100 each loop of the plain kernel, on 8
-warps. On sm_90 a kernel of one loop (two end in an assertion of NVGPUWarpSpecialization), on 4
-warps (8 are silently left as they are), of 128 queries that two groups of consumers share, with
-tiles of two dimensions through descriptors that the kernel makes itself; in one loop every tile is
-masked where there is a band. No card has timed them: all are off, and ``fastlm bench tune`` tries
-them. One that does not compile gives way to the plain kernel, and is not tried again.
+Which forms there are is what Triton 3.7.1 compiles. On sm_100 each loop of the plain kernel. On
+sm_90 a kernel of one loop (two end in an assertion of NVGPUWarpSpecialization), on 4 warps (8 are
+silently left as they are), of 128 queries that two groups of consumers share, with tiles of two
+dimensions through descriptors that the kernel makes itself; in one loop every tile is masked where
+there is a band. No card has timed them: all are off, and ``fastlm bench tune`` tries them. One that
+does not compile gives way to the plain kernel, and is not tried again.
 """
 
 import contextvars
