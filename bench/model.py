@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,22 +90,25 @@ class Modelled:
     guessed: bool = False
 
 
-_SAMPLES = 32
+_SAMPLES = 64
 _GOLDEN = (5**0.5 - 1) / 2
 
 
 def _sample(grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:
-    """Up to 32 programs that stand for a grid: spread evenly, and out of step with its periods.
+    """Up to 64 programs that stand for a grid: spread over it, and out of step with its periods.
 
-    A grid of one dimension runs through the tiles of each head in turn, so even steps would meet
-    the same few tiles of every head.
+    A grid of one dimension runs through the tiles of each head in turn, so a step that shares a
+    factor with them would meet the same few tiles of every head.
     """
     x, y, z = grid
     size = x * y * z
-    taken = {int((i + 0.5) * _GOLDEN % 1 * size) for i in range(_SAMPLES)}
-    if size <= _SAMPLES:
-        taken = set(range(size))
-    return [(i % x, i // x % y, i // (x * y)) for i in sorted(taken)]
+    taken = list(range(min(size, _SAMPLES)))
+    if size > _SAMPLES:
+        step = int(size * _GOLDEN)
+        while math.gcd(step, 30 * size) > 1:
+            step += 1
+        taken = [(i * step + step // 2) % size for i in range(_SAMPLES)]
+    return [(i % x, i // x % y, i // (x * y)) for i in taken]
 
 
 def _mean_turns(launch: Launch, ttir: str) -> tuple[list[float], list[str]]:

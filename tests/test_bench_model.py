@@ -29,13 +29,14 @@ def _rows_kernel(x_ptr, y_ptr, stride, M, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _period_kernel(x_ptr, y_ptr, PERIOD, BLOCK: tl.constexpr):
-    """As the tiles of causal attention: each program of a period turns once more than the last."""
-    cols = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
+def _period_kernel(a_ptr, b_ptr, c_ptr, PERIOD, BLOCK: tl.constexpr):
+    """As tiles of causal attention: each program of a period has one more product than the last."""
+    offs = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for i in range(tl.program_id(0) % PERIOD + 1):
-        total += tl.load(x_ptr + i.to(tl.int64) * BLOCK + cols)
-    tl.store(y_ptr + cols, total)
+        tile = i.to(tl.int64) * BLOCK * BLOCK
+        acc = tl.dot(tl.load(a_ptr + tile + offs), tl.load(b_ptr + tile + offs), acc)
+    tl.store(c_ptr + offs, acc)
 
 
 @triton.jit
@@ -126,10 +127,10 @@ def test_turns_of_nested_loops(later):
 
 @pytest.mark.parametrize("period", [3, 16, 20, 64])
 def test_programs_that_stand_for_a_grid_are_in_no_step_with_it(period):
-    launch, compiled = launched(_period_kernel, 90, X, X, period, grid=(4096,), BLOCK=1024)
+    a = torch.empty(1 << 20, dtype=torch.float16)
+    launch, compiled = launched(_period_kernel, 90, a, a, X, period, grid=(4096,), BLOCK=64)
     found = model(launch, compiled.asm["ttir"], cost(compiled))
-    mean = (period + 1) / 2
-    assert found.bytes == pytest.approx(4096 * 4096 * (mean + 1), rel=0.06)
+    assert found.flops == pytest.approx(4096 * (period + 1) / 2 * 2 * 64**3, rel=0.06)
 
 
 def test_turns_that_hang_on_a_table_are_read_from_it():
