@@ -352,6 +352,8 @@ def _forward(
 # --- public -------------------------------------------------------------------------------------
 
 EPS = torch.finfo(torch.float32).eps  # PyTorch's default for half precision too
+# whether autocast makes it float32: not in torch 2.11
+_WIDENED = torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
 
 
 def _uncovered(
@@ -384,13 +386,14 @@ def rms_norm(
         weight_offset: Added to ``weight`` in float32; 1 for models that keep weight - 1 (Gemma).
 
     Returns:
-        The shape and dtype of ``input``; float32 under CUDA autocast, as PyTorch. Statistics are
-        float32. Gradients are the same to the bit from run to run.
+        The shape and dtype of ``input``; float32 under CUDA autocast where PyTorch's is (not in 2.11).
+        Statistics are float32. Gradients are the same to the bit from run to run.
 
     Raises:
         RuntimeError: What ``F.rms_norm`` raises, for shapes that do not fit.
     """
-    dtype = torch.float32 if torch.is_autocast_enabled("cuda") and input.is_cuda else input.dtype
+    widened = _WIDENED and input.is_cuda and torch.is_autocast_enabled("cuda")
+    dtype = torch.float32 if widened else input.dtype
     weight = None if weight is None else weight.contiguous()
     eps = EPS if eps is None else float(eps)
     return _forward(input, list(normalized_shape), weight, eps, float(weight_offset), dtype)[0]

@@ -79,6 +79,8 @@ def test_varlen_operator(as_cpu_operators):
 
 def test_what_the_operator_cannot_do_is_refused(as_cpu_operators):
     q = torch.randn(1, 8, 1, 16)
+    if "block_table" not in str(torch.ops.aten._flash_attention_forward.default._schema):
+        pytest.skip("the operator of this PyTorch has no block_table")
     with pytest.raises(RuntimeError, match="block_table has no kernel"):
         torch.ops.aten._flash_attention_forward(
             q, q, q, None, None, 8, 8, 0.0, False, False, block_table=torch.zeros(1, 1)

