@@ -386,8 +386,8 @@ def rms_norm(
         weight_offset: Added to ``weight`` in float32; 1 for models that keep weight - 1 (Gemma).
 
     Returns:
-        The shape and dtype of ``input``; float32 under CUDA autocast where PyTorch's is (not in 2.11).
-        Statistics are float32. Gradients are the same to the bit from run to run.
+        The shape and dtype of ``input``; float32 under CUDA autocast, where PyTorch does so (not in
+        2.11). Statistics are float32. Gradients are the same to the bit from run to run.
 
     Raises:
         RuntimeError: What ``F.rms_norm`` raises, for shapes that do not fit.
