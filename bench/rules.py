@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import triton
+
 from .addresses import narrow_products
 from .capture import LIMITS, Launch
 from .machine_code import MachineCode
@@ -165,12 +167,23 @@ ACCEPTED = {
     ("prepare_kernel", "float64", ""): "bias corrections in float64, a lane a tensor",
     ("momentum_kernel", "narrow_access", "bfloat16"): "the masked end counts like the loop",
 }
+# what other versions make of tiles that were chosen with Triton 3.7
+_ACCEPTED_ELSEWHERE: dict[str, dict[tuple[str, str, str], str]] = {
+    "3.6": {
+        ("dkdv_kernel", "serialised", "H_kv=4 D=128"): "Triton 3.6: slower there, not wrong",
+        ("dkdv_kernel", "narrow_access", "lengths"): "Triton 3.6: slower there, not wrong",
+    },
+    "3.8": {
+        ("_tile_kernel", "spills", "M=64"): "Triton 3.8: slower there, not wrong",
+    },
+}
+EXCUSES = ACCEPTED | _ACCEPTED_ELSEWHERE.get(triton.__version__[:3], {})
 
 
 def accepted(kernel: str, case: str, refusal: str) -> tuple[str, str, str] | None:
-    """The entry of ``ACCEPTED`` that excuses a refusal of a kernel in this case, if one does."""
+    """The entry of ``EXCUSES`` that excuses a refusal of a kernel in this case, if one does."""
     rule = refusal.split(":")[0]
-    return next((k for k in ACCEPTED if k[:2] == (kernel, rule) and k[2] in case), None)
+    return next((k for k in EXCUSES if k[:2] == (kernel, rule) and k[2] in case), None)
 
 
 def excuses(rows: Iterable[Mapping[str, Any]]) -> list[str]:

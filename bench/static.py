@@ -21,7 +21,7 @@ from .compile import Failure, compile_all
 from .fingerprint import fingerprint
 from .model import ASSUMPTIONS, model, part, roofline
 from .peers import peer_cases
-from .rules import ACCEPTED, Compiled, accepted, refusals
+from .rules import EXCUSES, Compiled, accepted, refusals
 from .sass import GPUS
 
 NOTHING_TIMED = (
@@ -122,7 +122,7 @@ def _row(case: Case, arch: int, result: Compiled | Failure) -> dict[str, Any]:
         if known is None:
             row["refusals"].append(text)
         else:
-            row["accepted"].append(f"{known[1]}: {ACCEPTED[known]}")
+            row["accepted"].append(f"{known[1]}: {EXCUSES[known]}")
     if result.report is not None:
         modelled = asdict(model(launch, result.ttir, result.report))
         row["modelled"] = modelled
