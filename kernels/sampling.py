@@ -31,7 +31,7 @@ _LARGEST = tl.constexpr(2**31 - 1)
 _LEAST = tl.constexpr(-(2**31))
 _SERIES_BELOW = 2.0**-5
 _JUST_BELOW_ONE = 1 - 2.0**-24
-_GROUP = 16
+_GROUP = 64
 _FEW = 2**12
 
 # Gumbel noise is -log(e) with e = -log(1 - v), of v = word / 2^32 rather than of 1 - v: the tokens
@@ -78,6 +78,11 @@ def _rows_setting(value: float | Tensor, dtype: torch.dtype, logits: Tensor) -> 
     if isinstance(value, Tensor):
         return value.to(logits.device, dtype).expand(B).contiguous()
     return torch.full((B,), value, dtype=dtype, device=logits.device)
+
+
+def _in_rows(value: float | Tensor, dtype: torch.dtype, logits: Tensor) -> float | Tensor:
+    """A value a row, (B, 1), or the number that it is: which spares a CPU an operation."""
+    return _rows_setting(value, dtype, logits)[:, None] if isinstance(value, Tensor) else value
 
 
 def _seeds(seed: int | Tensor | None, logits: Tensor) -> Tensor:
@@ -168,7 +173,7 @@ def _drawn(
     x = logits.detach().float()
     if _is_off(temperature, 0.0):
         return x.argmax(1)
-    degrees = _rows_setting(temperature, torch.float32, logits)[:, None]
+    degrees = _in_rows(temperature, torch.float32, logits)
     steps, seeds = _rows_setting(offset, torch.int64, logits), _seeds(seed, logits)
     scores = x + degrees * noise_of(seeds, steps, x.shape[1])
     if not (_is_off(top_k, 0) and _is_off(top_p, 1.0) and _is_off(min_p, 0.0)):
@@ -179,7 +184,7 @@ def _drawn(
 
 def kept_tokens(
     x: Tensor,
-    degrees: Tensor,
+    degrees: float | Tensor,
     top_k: int | Tensor = 0,
     top_p: float | Tensor = 1.0,
     min_p: float | Tensor = 0.0,
@@ -188,22 +193,26 @@ def kept_tokens(
     if _is_off(top_k, 0) and _is_off(top_p, 1.0) and _is_off(min_p, 0.0):
         return torch.ones_like(x, dtype=torch.bool)
     V = x.shape[1]
-    floor = torch.full_like(x[:, :1], -math.inf)
     ordered = x.sort(1, descending=True).values
-    largest = ordered[:, :1]
-    if not _is_off(top_k, 0):
+    largest, floor = ordered[:, :1], ordered[:, -1:]
+    if isinstance(top_k, Tensor):
         k = _rows_setting(top_k, torch.int64, x)[:, None]
-        cut = ordered.gather(1, k.clamp(1, V) - 1)
-        floor = torch.where(k > 0, cut, floor)
+        floor = torch.where(k > 0, ordered.gather(1, k.clamp(1, V) - 1), floor)
+    elif top_k:
+        last = min(top_k, V)
+        floor = ordered[:, last - 1 : last]
     if not _is_off(top_p, 1.0):
-        p = _rows_setting(top_p, torch.float32, x)[:, None]
+        p = _in_rows(top_p, torch.float32, x)
         weights = torch.where(ordered == largest, 1.0, ((ordered - largest) / degrees).exp())
         mass = (weights * (ordered >= floor)).cumsum(1)
         enough = (mass >= p * mass[:, -1:]).to(torch.uint8).argmax(1, keepdim=True)
-        floor = torch.where(p < 1, ordered.gather(1, enough), floor)
+        cut = ordered.gather(1, enough)
+        floor = torch.where(p < 1, cut, floor) if isinstance(p, Tensor) else cut
     if not _is_off(min_p, 0.0):
         share = _rows_setting(min_p, torch.float32, x)[:, None]
-        cut = torch.where(degrees > 0, largest + degrees * share.log(), largest)
+        cut = largest + degrees * share.log()
+        if isinstance(degrees, Tensor):
+            cut = torch.where(degrees > 0, cut, largest)
         floor = torch.where(share > 0, floor.maximum(cut), floor)
     return (x >= floor) | x.isnan()
 
