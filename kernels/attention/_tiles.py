@@ -56,7 +56,7 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
         256: Tile(64, 32, 8, 2), 512: Tile(32, 32, 8, 2),
     },
     ("dkdv", "a100"): {
-        64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 2),
+        64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 64, 8, 2),
     },
     ("dkdv", "hopper"): {
         64: Tile(64, 64, 4, 2), 128: Tile(64, 128, 8, 3), 256: Tile(64, 32, 8, 2),
@@ -127,6 +127,7 @@ _CROWDED: dict[tuple[str, str, int], Tile] = {
     ("forward", "blackwell", 192): Tile(128, 32, 8, 1),
     ("dkdv", "a100", 64): Tile(64, 32, 4, 2),
     ("dkdv", "small", 64): Tile(64, 32, 4, 2),
+    ("dkdv", "a100", 128): Tile(64, 64, 8, 2),
     ("dkdv", "hopper", 64): Tile(64, 128, 8, 2),
     ("dkdv", "hopper", 128): Tile(32, 128, 8, 2),
     ("dkdv", "blackwell", 128): Tile(32, 128, 8, 2),
