@@ -81,12 +81,15 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
     },
 }  # fmt: skip
 
-# The rows above are what Triton 3.7 compiles without spills; what 3.6 and 3.8 compile so instead
-_HALF_ELSEWHERE: dict[tuple[str, str, int], Tile] = {
+# The rows above are what Triton 3.7 compiles without spills in the loops; other versions want smaller
+_ELSEWHERE: dict[tuple[str, str, int], Tile] = {
     ("forward", "a100", 128): Tile(128, 64, 8, 3),
     ("dkdv", "hopper", 128): Tile(64, 128, 8, 2),
 }
-_ELSEWHERE = not triton.__version__.startswith("3.7.")
+if triton.__version__.startswith("3.7."):
+    _ELSEWHERE = {}
+elif triton.__version__.startswith("3.9."):
+    _ELSEWHERE["dkdv", "hopper", 128] = Tile(32, 128, 8, 2)
 
 # Where D is not BLOCK_D the masks of the loads take registers: smaller tiles; unmeasured
 _HALF_PADDED: dict[tuple[str, str, int], Tile] = {
@@ -199,8 +202,7 @@ def tile_of(
         return _FLOAT_CROWDED.get((kernel, row), tile) if crowded else tile
     gpu = gpu_class(x)
     tile = _HALF[kernel, gpu][row]
-    if _ELSEWHERE:
-        tile = _HALF_ELSEWHERE.get((kernel, gpu, row), tile)
+    tile = _ELSEWHERE.get((kernel, gpu, row), tile)
     if busy:
         tile = _HALF_BUSY.get((kernel, gpu, row), tile)
     if x.shape[-1] != block_d:
