@@ -81,7 +81,7 @@ _HALF: dict[tuple[str, str], dict[int, Tile]] = {
     },
 }  # fmt: skip
 
-# The rows above are what Triton 3.7 compiles without spills in the loops; other versions want smaller
+# The rows above are what Triton 3.7 compiles with no spill in a loop; other versions want smaller
 _ELSEWHERE: dict[tuple[str, str, int], Tile] = {
     ("forward", "a100", 128): Tile(128, 64, 8, 3),
     ("dkdv", "hopper", 128): Tile(64, 128, 8, 2),
