@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,12 @@ def _sample(grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:
     """
     x, y, z = grid
     size = x * y * z
-    taken = list(range(min(size, _SAMPLES)))
+    taken: Iterable[int] = range(size)
     if size > _SAMPLES:
         step = int(size * _GOLDEN)
-        while math.gcd(step, 30 * size) > 1:
+        while math.gcd(step, 30 * size) > 1:  # 30: of periods that do not divide the grid
             step += 1
-        taken = [(i * step + step // 2) % size for i in range(_SAMPLES)]
+        taken = ((i * step + step // 2) % size for i in range(_SAMPLES))
     return [(i % x, i // x % y, i // (x * y)) for i in taken]
 
 

@@ -198,8 +198,8 @@ def kept_tokens(
     if isinstance(top_k, Tensor):
         k = _rows_setting(top_k, torch.int64, x)[:, None]
         floor = torch.where(k > 0, ordered.gather(1, k.clamp(1, V) - 1), floor)
-    elif top_k:
-        last = min(top_k, V)
+    elif int(top_k):
+        last = min(int(top_k), V)
         floor = ordered[:, last - 1 : last]
     if not _is_off(top_p, 1.0):
         p = _in_rows(top_p, torch.float32, x)

@@ -493,6 +493,23 @@ def test_sdpa_rows_that_a_mask_hides_whole_are_zero(dtype):
     sdpa_check(given | {"attn_mask": mask})
 
 
+def test_sdpa_nan_in_a_mask_is_not_hidden():
+    torch.manual_seed(0)
+    mask = torch.zeros(9, 20)
+    mask[4, 3] = math.nan
+    given = {"query": leaf(2, 3, 9, 8), "key": leaf(2, 3, 20, 8), "value": leaf(2, 3, 20, 8)}
+    o = scaled_dot_product_attention(**given, attn_mask=mask)
+    assert o[:, :, 4].isnan().all()
+    assert o.isnan().sum() == o[:, :, 4].numel()
+
+
+@pytest.mark.parametrize("sums", [1, 2, 8])
+def test_weights_summed_in_any_columns(sums, monkeypatch):
+    """As many as GPUs take; the interpreter's tile asks for one of them."""
+    monkeypatch.setattr(forward, "partial_sums", lambda *_: sums)
+    check(OP, inputs(S_q=40, S_k=70, H=2, causal=True, return_lse=True))
+
+
 @pytest.mark.parametrize("with_gradient", [False, True])
 @pytest.mark.parametrize("value", ["min", "half of min", "-1e30"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,6 +25,11 @@ def agree(x, **settings):
     return got
 
 
+def test_a_whole_number_may_come_as_a_float():
+    x = logits(3, 50)
+    assert agree(x, top_k=3.0, seed=1).tolist() == agree(x, top_k=3, seed=1).tolist()
+
+
 # --- the draw -----------------------------------------------------------------------------------
 
 

@@ -115,6 +115,7 @@ TWO_TILES = test_attention.test_heads_of_two_tiles
 PAGES = test_attention_decode.test_dtypes
 HIDDEN_ROWS = test_attention.test_sdpa_rows_that_a_mask_hides_whole_are_zero
 LEAST = test_attention.test_sdpa_masks_of_the_least_number
+NAN_MASK = test_attention.test_sdpa_nan_in_a_mask_is_not_hidden
 OWN_STRIDES = test_add_norm.test_each_tensor_has_its_own_strides
 WIDE_DROPOUT = test_add_norm.test_dropout_of_narrow_and_of_wide_rows
 SHIFT = test_softmax.test_a_shift_of_the_logits_costs_no_accuracy
@@ -174,6 +175,7 @@ FLASH, RAGGED, DECODE = "flash_attention", "flash_attention_varlen", "flash_atte
 SDPA = "scaled_dot_product_attention"
 ATTENTION = [
     (FLASH, "forward:_attend", "l_i = l_i * alpha[:, None] +", "l_i = l_i +", FLOAT64),
+    (FLASH, "forward:_forward_kernel", "tl.sum(l_i, 1)", "tl.max(l_i, 1)", FLOAT64),
     (FLASH, "forward:_attend", "acc = acc * alpha[:, None]", "acc = acc * 1.0", FLOAT64),
     (FLASH, "forward:_forward_kernel", "LOWEST / tl.maximum(factor, 1.0)", "LOWEST * 2", FLOAT64),
     (FLASH, "forward:_attend", "qk = dot(q_rest, k, qk)", "pass", TWO_TILES),
@@ -190,7 +192,8 @@ ATTENTION = [
     (FLASH, "_scores:kept", "(zero + rows)", "zero", FLOAT64),
     (FLASH, "backward:rows_kernel", "minus_delta += tl.load", "minus_delta -= tl.load", FLOAT64),
     (SDPA, "backward:rows_kernel", 'lse == float("-inf")', "lse == 0.0", HIDDEN_ROWS),
-    (SDPA, "_scores:shape_scores", "tl.maximum(bias * LOG2_E, LOWEST)", "bias * LOG2_E", LEAST),
+    (SDPA, "_scores:shape_scores", "bias, least)", "bias, bias * LOG2_E)", LEAST),
+    (SDPA, "_scores:shape_scores", ", propagate_nan=tl.PropagateNan.ALL", "", NAN_MASK),
     (FLASH, "backward:_gather_dkdv", "tl.fma(pT, dpT, pT * minus_delta[None, :])", "pT", FLOAT64),
     (FLASH, "backward:_gather_dkdv", "broadcast_to(minus_delta[None, :], ", "zeros(", FLOAT64),
     (FLASH, "backward:_gather_dq", "ds *= slack", "ds *= 1.0", FLOAT64),

@@ -115,7 +115,8 @@ def shape_scores(qk, rows, cols, slope, bias_ptr, S_q, S_k, scale, score):
         else:
             # the least bias of a type stands for a mask, and a row of nothing else has an answer
             bias = bias.to(tl.float32)
-            s += tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2_E, LOWEST))
+            least = tl.maximum(bias * LOG2_E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+            s += tl.where(bias == float("-inf"), bias, least)
     return s, slack
 
 

@@ -10,7 +10,8 @@ Backward, with p = e^(s - lse), delta = sum_d do o - dlse, ds = p (do v^T - delt
     dv = p^T do        dk = softmax_scale ds^T q        dq = softmax_scale ds k
 
 Cost: 4 B H S_q S_k D FLOPs forward, 14 backward (7 products), half of each when causal: bound by
-the tensor cores. Memory: q, k, v, o and 4 bytes a row of lse; nothing grows with S_q S_k.
+the tensor cores. Memory: q, k, v, o and 4 bytes a row of lse, 12 in float32 or beside an additive
+bias; nothing grows with S_q S_k.
 """
 
 import math

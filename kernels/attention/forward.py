@@ -255,8 +255,7 @@ def _forward_kernel(  # noqa: C901, PLR0915
         )  # fmt: skip
 
     l_i = tl.sum(l_i, 1)
-    if not is_shaped(score):
-        m_i *= scale * LOG2_E
+    m_i *= factor
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2_E
         m_new = tl.maximum(m_i, sink)
