@@ -24,13 +24,14 @@ from .eager import (
     chunks_of,
     coefficients_of,
     empty_gradients,
+    into_gradient_,
+    into_statistics_,
     logits_of,
     losses_of,
     masses_of,
     reference,
-    statistics_of,
+    slope_of,
     targets_of,
-    turn_into_gradient_,
     wide_dtype,
 )
 from .tiles import accumulate, add_rows, multiply
@@ -166,15 +167,14 @@ def chunked(
     bias, weight = (None if t is None else t.contiguous() for t in (bias, weight))
     losses, shares = x.new_empty(2, x.shape[0], dtype=wide_dtype(x.dtype)).unbind()
     chunks = chunks_of(x, V, chunk_size)
-    if fused:
-        lane = lane_of(x)
-        width = triton.cdiv(V, lane) * lane  # rows of logits start at 16-byte boundaries
-        room = x.new_empty(chunks[0].stop, width)[:, :V]
-    else:
+    lane = lane_of(x)
+    width = triton.cdiv(V, lane) * lane  # rows of logits start at 16-byte boundaries
+    room = x.new_empty(chunks[0].stop, width)[:, :V]
+    if not fused:
         check_targets(target, ignore_index, V)
     for chunk in chunks:
+        ds = room[: chunk.stop - chunk.start]
         if fused:
-            ds = room[: chunk.stop - chunk.start]
             multiply(x[chunk], matrix.T, out=ds, bias=bias)
             _chunk_kernel[(ds.shape[0],)](
                 ds, target[chunk], weight, losses[chunk], shares[chunk],
@@ -185,7 +185,7 @@ def chunked(
         else:
             ds = _eager_chunk(
                 x[chunk], matrix, bias, target[chunk], weight, *options,
-                losses[chunk], shares[chunk], any(wanted),
+                losses[chunk], shares[chunk], any(wanted), ds,
             )  # fmt: skip
         first = chunk.start == 0
         if wanted[0]:
@@ -210,16 +210,18 @@ def _eager_chunk(
     losses: Tensor,
     shares: Tensor,
     writes: bool,
+    room: Tensor,
 ) -> Tensor:
-    """What ``_chunk_kernel`` does; gives the logits, or ds in their place."""
+    """What ``_chunk_kernel`` does; gives ds, if it is wanted, in ``room`` where that is wide."""
     V = matrix.shape[0]
-    z = logits_of(x, matrix, bias, softcap)
+    z = logits_of(x, matrix, bias, softcap, room)
     y, counts, share = targets_of(target, weight, ignore_index, 0, V, V, z.dtype)
     spread, mass = masses_of(weight, smoothing, V)
-    m, d, z_y, pull = statistics_of(z, y, weight, smoothing > 0.0)
+    slope = slope_of(z, softcap)
+    m, d, z_y, pull = into_statistics_(z, y, weight, smoothing > 0.0)
     rest = (share, counts, mass, spread, smoothing, z_loss)
     losses.copy_(losses_of(m, d, z_y, pull, *rest))
     shares.copy_(share)
     if not writes:
         return z
-    return turn_into_gradient_(z, y, weight, softcap, m, *coefficients_of(1.0, m, d, *rest))
+    return into_gradient_(z, y, weight, slope, *coefficients_of(1.0, m, d, *rest))

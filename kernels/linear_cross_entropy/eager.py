@@ -151,43 +151,55 @@ def masses_of(
 # --- parts of the logits ------------------------------------------------------------------------
 
 
-def logits_of(x: Tensor, matrix: Tensor, bias: Tensor | None, softcap: float) -> Tensor:
-    """Logits of some rows, rounded as PyTorch's are, capped."""
-    z = F.linear(x, matrix, bias)
+def logits_of(
+    x: Tensor, matrix: Tensor, bias: Tensor | None, softcap: float, room: Tensor | None = None
+) -> Tensor:
+    """Logits of some rows, rounded as PyTorch's are, capped; in ``room`` where it is given."""
+    if room is None:
+        z = F.linear(x, matrix, bias)
+    elif bias is None:
+        z = torch.mm(x, matrix.T, out=room)
+    else:
+        z = torch.addmm(bias, x, matrix.T, out=room)
     z = z.to(wide_dtype(z.dtype))
     return z.div_(softcap).tanh_().mul_(softcap) if softcap else z
 
 
-def statistics_of(
+def slope_of(z: Tensor, softcap: float) -> Tensor | None:
+    """The derivative of capped logits."""
+    return 1.0 - (z / softcap).square_() if softcap else None
+
+
+def into_statistics_(
     z: Tensor, y: Tensor, weight: Tensor | None, wants_pull: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Of each row of logits: m, d, the target's logit (0 if it is not here), and sum(w z)."""
+    """Of each row of logits: m, d, the target's logit (0 if it is not here), and sum(w z).
+
+    Leaves e^(z - m) in ``z``, or zeros in a row of -inf.
+    """
     m = z.amax(1)
-    shift = torch.where(m == float("-inf"), 0.0, m)
-    d = (z - shift[:, None]).exp_().sum(1)
     z_y = torch.where(y < 0, 0.0, z.gather(1, y.clamp(min=0)[:, None])[:, 0])
     pull = None
     if wants_pull:
         pull = z.sum(1) if weight is None else z @ weight.to(z.dtype)
-    return m, d, z_y, pull
+    shift = torch.where(m == float("-inf"), 0.0, m)
+    return m, z.sub_(shift[:, None]).exp_().sum(1), z_y, pull
 
 
-def turn_into_gradient_(
-    z: Tensor,
+def into_gradient_(
+    e: Tensor,
     y: Tensor,
     weight: Tensor | None,
-    softcap: float,
-    m: Tensor,
+    slope: Tensor | None,
     a: Tensor,
     b: Tensor,
     c: Tensor | None,
 ) -> Tensor:
-    """Turns logits into ds, in place."""
-    slope = 1.0 - (z / softcap).square_() if softcap else None
-    ds = z.sub_(m[:, None]).exp_().mul_(a[:, None])
+    """Turns e^(z - m) into ds, in place."""
+    ds = e.mul_(a[:, None])
     ds.scatter_add_(1, y.clamp(min=0)[:, None], torch.where(y < 0, 0.0, -b)[:, None])
     if c is not None:
-        ds.sub_(c[:, None] if weight is None else c[:, None] * weight.to(z.dtype))
+        ds.sub_(c[:, None] if weight is None else c[:, None] * weight.to(ds.dtype))
     return ds if slope is None else ds.mul_(slope)
 
 

@@ -19,13 +19,14 @@ from .eager import (
     chunks_of,
     coefficients_of,
     empty_gradients,
+    into_gradient_,
+    into_statistics_,
     logits_of,
     losses_of,
     masses_of,
     reference,
-    statistics_of,
+    slope_of,
     targets_of,
-    turn_into_gradient_,
     wide_dtype,
 )
 from .tiles import accumulate, add_rows
@@ -149,7 +150,8 @@ def _eager_gradients_of(
         assert m is not None
         assert a is not None
         assert b is not None
-        ds = turn_into_gradient_(z, y[chunk], weight, softcap, m, a, b, c)
+        slope = slope_of(z, softcap)
+        ds = into_gradient_(z.sub_(m[:, None]).exp_(), y[chunk], weight, slope, a, b, c)
         if dx is not None:
             dx[chunk] = ds.to(x.dtype) @ matrix
         if dmatrix is not None:
@@ -234,7 +236,7 @@ def rows_apart(
         parts: list[tuple[Any, ...]] = []
         for chunk in chunks_of(x, V, chunk_size):
             z = logits_of(x[chunk], w, bias, softcap)
-            parts.append(statistics_of(z, y[chunk], weight, smoothing > 0.0))
+            parts.append(into_statistics_(z, y[chunk], weight, smoothing > 0.0))
         m, d, z_y = (torch.cat([part[n] for part in parts]) for n in range(3))
         pull = torch.cat([part[3] for part in parts]) if smoothing else None
     if group:
