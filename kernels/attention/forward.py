@@ -168,7 +168,8 @@ def _forward_kernel(  # noqa: C901, PLR0915
         o_ptr += b * stride_ob
         stats = (b * H + h) * S_q
     h_kv = h // GROUP
-    if TMA and not SPECIALISED and BLOCK_D == BLOCK_DV and BLOCK_D >= 128:  # noqa: SIM102
+    TWINS: tl.constexpr = TMA and BLOCK_D == BLOCK_DV and BLOCK_D >= 128 and BLOCK_D < 512
+    if TWINS and not SPECIALISED:  # noqa: SIM102
         # ptxas computes an argument's address again in each turn of a loop (16 of 485 instructions
         # on sm_90), but keeps one that was chosen. Nothing is loaded where S_k is 0.
         if S_k == 0:
