@@ -298,7 +298,7 @@ def test_offsets_past_2_to_the_31(lazy_memory):
         assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("D", [16, 40, 136])
+@pytest.mark.parametrize("D", [16, 40, 128, 136])
 @pytest.mark.parametrize("causal", [False, True])
 def test_through_descriptors(monkeypatch, causal, D):
     """Tiles read by TMA, as on Hopper and Blackwell."""

@@ -171,7 +171,7 @@ def _forward_kernel(  # noqa: C901, PLR0915
     TWINS: tl.constexpr = TMA and BLOCK_D == BLOCK_DV and BLOCK_D >= 128 and BLOCK_D < 512
     if TWINS and not SPECIALISED:  # noqa: SIM102
         # ptxas computes an argument's address again in each turn of a loop (16 of 485 instructions
-        # on sm_90), but keeps one that was chosen. Nothing is loaded where S_k is 0.
+        # on sm_90), but keeps one that was chosen. Without keys there are no descriptors.
         if S_k == 0:
             k_ptr, v_ptr = v_ptr, k_ptr
     if not TMA:

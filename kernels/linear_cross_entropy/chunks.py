@@ -217,7 +217,7 @@ def _eager_chunk(
     z = logits_of(x, matrix, bias, softcap, room)
     y, counts, share = targets_of(target, weight, ignore_index, 0, V, V, z.dtype)
     spread, mass = masses_of(weight, smoothing, V)
-    slope = slope_of(z, softcap)
+    slope = slope_of(z, softcap) if writes else None
     m, d, z_y, pull = into_statistics_(z, y, weight, smoothing > 0.0)
     rest = (share, counts, mass, spread, smoothing, z_loss)
     losses.copy_(losses_of(m, d, z_y, pull, *rest))

@@ -203,8 +203,9 @@ def into_gradient_(
     return ds if slope is None else ds.mul_(slope)
 
 
-# Logits that are held at once, in bytes; unmeasured. Fewer rows read and write dW more often: with
-# 1024 rows of H = 4096 that is a modelled third of the time of the products on sm_90.
+# Logits that are held at once, in bytes; on GPUs unmeasured. Fewer rows read and write dW more
+# often: with 1024 rows of H = 4096 that is a modelled third of the time of the products on sm_90.
+# On two cores of a Zen 3, 768 rows of H = 128, V = 50304: 303 ms in 64 MiB, 381 in 8, 463 in 256.
 CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
 
 
