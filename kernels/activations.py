@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from ._dispatch import dispatched
+from ._maths import LOG2_E, exp, reciprocal
 from ._op import Inputs, Op
 from ._register import eager_gradients, torch_op
 from ._tuned import tunable
@@ -44,24 +45,51 @@ def relu_squared_reference(x: Tensor) -> Tensor:
 
 
 @triton.jit
+def _normal(x):
+    """Phi(x) and e^(-x^2 / 2), which Phi takes anyway.
+
+    Phi(-a) e^(a^2 / 2) is a polynomial in t = 1 / (1 + 0.255 a), fitted in float64 to within 1.3e-8
+    of Phi, and 6.5e-6 of its tail. ``tl.erf`` costs more instructions, and its tail cancels.
+    """
+    bell = tl.exp2(x * x * (-0.5 * LOG2_E))
+    t = reciprocal(1.0 + 0.255 * tl.abs(x))
+    tail = 0.27745975178192 + t * -0.08111311537165
+    tail = -0.17105232583872 + t * tail
+    tail = 0.20932496140560 + t * tail
+    tail = 0.05602732686285 + t * tail
+    tail = 0.10803603392147 + t * tail
+    tail = bell * (t * (0.10131735440787 + t * tail))
+    return tl.where(x < 0.0, tail, 1.0 - tail), bell
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + e^-x) and 1 / (1 + e^x), their tails as exact as their middle."""
+    e = exp(-tl.abs(x))
+    more = reciprocal(1.0 + e)
+    less = e * more
+    return tl.where(x < 0.0, less, more), tl.where(x < 0.0, more, less)
+
+
+@triton.jit
 def activation(x, KIND: tl.constexpr):
     """The activation of float32 numbers and its slope there; the unused one costs nothing."""
     if KIND == "gelu":
-        phi = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        phi, bell = _normal(x)
         y = x * phi
-        slope = phi + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
+        slope = phi + x * (0.3989422804014327 * bell)
     elif KIND == "gelu_tanh":
         square = x * x
-        s = tl.sigmoid(x * (1.5957691216057308 + 0.07135481282553303 * square))
+        s, rest = _sigmoid(x * (1.5957691216057308 + 0.07135481282553303 * square))
         y = x * s
-        bend = x * s * (1.0 - s)
+        bend = x * s * rest
         # Where the tail has died out, the square may already be infinite.
         bend = tl.where(bend == 0.0, 0.0, bend * (1.5957691216057308 + 0.2140644384765991 * square))
         slope = s + bend
     elif KIND == "silu":
-        s = tl.sigmoid(x)
+        s, rest = _sigmoid(x)
         y = x * s
-        slope = s + y * (1.0 - s)
+        slope = s + y * rest
     else:
         tl.static_assert(KIND == "relu_squared")
         positive = tl.where(x < 0.0, 0.0, x)  # tl.maximum would lose NaN

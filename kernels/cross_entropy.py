@@ -35,6 +35,7 @@ from torch.nn import _reduction
 
 from ._dispatch import dispatched
 from ._launch import rows_of
+from ._maths import LOG2_E, exp, reciprocal
 from ._op import Inputs, Op
 from ._register import eager_gradients, torch_op
 from ._tuned import tunable
@@ -106,8 +107,6 @@ def reference(
 
 # --- kernels ------------------------------------------------------------------------------------
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
 # A row of logits is read LANE at a time: 16 bytes, from a 16-byte boundary. What lies before the
 # first boundary in the row and past the last, its ends, is read apart; under EVEN rows have none.
 
@@ -141,22 +140,16 @@ def _lanes(BLOCK: tl.constexpr, LANE: tl.constexpr):
 
 
 @triton.jit
-def exp(x):
-    """2^(x log2 e): ``tl.exp`` spends three more instructions on results below 2^-126, 0 here."""
-    return tl.exp2(x * LOG2_E)
-
-
-@triton.jit
 def _reciprocal(x, SHARED: tl.constexpr):
-    """1 / x from 1 to 2; a division spends six instructions on the sizes that x cannot have."""
+    """1 / x from 1 to 2."""
     if SHARED:  # one for four neighbours: 1 / a = b / ab
         a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
         ab = a * b
         c, d = tl.split(tl.reshape(ab, [x.shape[0], x.shape[1] // 4, 2]))
-        r = tl.rsqrt((c * d) * (c * d))
+        r = reciprocal(c * d)
         of_ab = tl.reshape(tl.join(r * d, r * c), ab.shape)
         return tl.reshape(tl.join(of_ab * b, of_ab * a), x.shape)
-    return tl.rsqrt(x * x)
+    return reciprocal(x)
 
 
 @triton.jit

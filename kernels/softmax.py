@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ._dispatch import dispatched
 from ._launch import rows_of
+from ._maths import exp
 from ._op import Inputs, Op
 from ._register import torch_op
 from ._rows import row_tile
@@ -74,12 +75,12 @@ def _forward_kernel(
 
     x = _load_float(x_ptrs, mask, float("-inf"), y_ptr.dtype.element_ty)
     x -= tl.max(x, 1)[:, None]
-    exp = tl.exp(x)
-    d = tl.sum(exp, 1)[:, None]
+    e = exp(x)
+    d = tl.sum(e, 1)[:, None]
     if LOG:
         y = x - tl.log(d)
     else:
-        y = exp * (1.0 / d)
+        y = e * (1.0 / d)
     tl.store(y_ptrs, y, mask=mask)
 
 
@@ -102,7 +103,7 @@ def _forward_wide_kernel(
         x = _load_float(x_ptrs + cols * stride_xn, mask, float("-inf"), y_ptr.dtype.element_ty)
         new_m = tl.maximum(m, tl.max(x, 1))
         shift = tl.where(new_m == float("-inf"), 0.0, new_m)  # -inf less -inf would be NaN
-        d = d * tl.exp(m - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
+        d = d * exp(m - shift) + tl.sum(exp(x - shift[:, None]), 1)
         m = new_m
     m = tl.where(m == float("-inf"), 0.0, m)[:, None]
     d = d[:, None]
@@ -113,7 +114,7 @@ def _forward_wide_kernel(
         if LOG:
             y = x - m - tl.log(d)
         else:
-            y = tl.exp(x - m) * (1.0 / d)
+            y = exp(x - m) * (1.0 / d)
         tl.store(y_ptrs + cols * stride_yn, y, mask=mask)
 
 
@@ -121,7 +122,7 @@ def _forward_wide_kernel(
 def _gradient(dy, y, total, LOG: tl.constexpr):
     """Dx, where total sums dy * y, or dy under LOG."""
     if LOG:
-        return dy - tl.exp(y) * total
+        return dy - exp(y) * total
     else:
         return y * (dy - total)
 

@@ -295,7 +295,7 @@ SOFTMAX = [
     ("_forward_kernel", 'float("-inf")', "0.0", FLOAT64),
     ("_forward_kernel", "x -= tl.max(x, 1)[:, None]", "", SHIFT),
     ("_forward_kernel", "rows * stride_xm", "rows * stride_ym", STRIDES),
-    ("_forward_wide_kernel", "d * tl.exp(m - shift)", "d", FLOAT64),
+    ("_forward_wide_kernel", "d * exp(m - shift)", "d", FLOAT64),
     ("_forward_wide_kernel", 'tl.where(new_m == float("-inf"), 0.0, new_m)', "new_m", INFINITIES),
     ("_tile_rows", "program // tiles", "program * 0", DIMENSIONS),
     ("_backward_kernel", "rows * stride_dym", "rows * stride_ym", STRIDES),
@@ -304,7 +304,7 @@ SOFTMAX = [
 ]
 LOG_SOFTMAX = [
     ("_forward_wide_kernel", "x - m - tl.log(d)", "x - tl.log(d)", SHIFT),
-    ("_gradient", "tl.exp(y) * total", "total", FLOAT64),
+    ("_gradient", "exp(y) * total", "total", FLOAT64),
 ]
 
 GROUP_NORM = [
@@ -325,8 +325,11 @@ GROUP_NORM = [
 
 # (op, module and kernel, what stands there, what the mistake makes of it, the test that notices)
 POINTWISE = [
-    ("gelu", "activations:activation", "0.5 + 0.5 * tl.erf", "0.5 * tl.erf", FLOAT64),
-    ("gelu", "activations:activation", "-0.5 * x * x", "0.5 * x * x", FLOAT64),
+    ("gelu", "activations:_normal", "1.0 - tail", "tail", FLOAT64),
+    ("gelu", "activations:_normal", "tl.abs(x)", "x", FLOAT64),
+    ("gelu", "activations:activation", "x * (0.3989422804014327 * bell)", "bell", FLOAT64),
+    ("swiglu", "activations:_sigmoid", "e * more", "e", FLOAT64),
+    ("cross_entropy", "_maths:reciprocal", "x * x", "x", FLOAT64),
     ("gelu", "activations:activation", "0.0, bend * (", "0.0, (", FLOAT64),
     ("gelu", "activations:activation", "0.07135481282553303", "0.0714", FLOAT64),
     ("gelu", "activations:_forward_kernel", "start + BLOCK <= n", "start < n", MEMORY),

@@ -29,9 +29,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _dispatch
+from .._maths import exp
 from .._tuned import tunable
 from ..attention._tiles import gpu_class
-from ..cross_entropy import capped, exp
+from ..cross_entropy import capped
 
 # --- kernels ------------------------------------------------------------------------------------
 
