@@ -373,7 +373,7 @@ POINTWISE = [
     ("embedding", "embedding:_cut_runs_kernel", "& begins_here", "", MEMORY),
     ("embedding", "embedding:_cut_runs_kernel", "found == row", "found >= row", RUNS),
     ("embedding", "embedding:_cut_runs_kernel", "& ~begins_chunk, 1, 0", ", 1, 0", RUNS),
-    ("swiglu", "activations:activation", "s + y * (1.0 - s)", "s + y * s", FLOAT64),
+    ("swiglu", "activations:activation", "s + y * rest", "s + y * s", FLOAT64),
     ("swiglu", "glu:_tile_of", "program // blocks", "program", FLOAT64),
     ("swiglu", "glu:_tile_of", "& (col + BLOCK_N <= N)", "", MEMORY),
     ("swiglu", "glu:_forward_kernel", "rows * stride_um", "rows * stride_gm", OWN_HALVES),
