@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from .._maths import LOG2_E
+
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028e38)  # of float32, with room for a rounding
 ROUNDS = tl.constexpr(7)  # of Philox; 7 pass every test of BigCrush (Salmon et al. 2011, table 2)

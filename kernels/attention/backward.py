@@ -21,8 +21,8 @@ one order, so two runs agree to the bit. The price is 7 matrix products where 5 
 import triton
 import triton.language as tl
 
+from .._maths import LOG2_E
 from ._scores import (
-    LOG2_E,
     SPARSE,
     head_of,
     is_shaped,

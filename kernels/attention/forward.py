@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._maths import LOG2_E
 from ._scores import (
     LN_2,
-    LOG2_E,
     LOWEST,
     SPARSE,
     blocks_of,

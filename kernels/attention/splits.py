@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._launch import multiprocessors
+from .._maths import LOG2_E
 from .._register import torch_op
-from ._scores import LN_2, LOG2_E, is_shaped, score_of, shape_scores
+from ._scores import LN_2, is_shaped, score_of, shape_scores
 from ._tiles import block_d_of, dot, load_tile
 from .forward import rows_strided
 
