@@ -8,7 +8,7 @@ from .table import columns, digits
 SAME, FASTER, SLOWER, AMBIGUOUS = "SAME", "FASTER", "SLOWER", "AMBIGUOUS"
 _CLOSE = 0.01  # medians closer than this are the same whatever the intervals
 
-_MACHINE = ("gpu", "driver", "cuda")
+_MACHINE = ("device", "driver", "cuda")
 _KEY = ("op", "case", "mode", "cache", "contender")
 
 

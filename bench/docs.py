@@ -7,7 +7,7 @@ from typing import Any
 
 from . import snapshot
 from .against import in_words, verdict
-from .table import digits, human
+from .table import digits, hardware, human
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -165,7 +165,7 @@ def _timed() -> list[str]:
     for file in files:
         report = json.loads(file.read_text())
         env = report["environment"]
-        lines += [f"### {env['gpu']}, driver {env['driver']}, commit {env['commit']}", ""]
+        lines += [f"### {hardware(env)}, commit {env['commit']}", ""]
         rows = [
             [row["op"], row["case"], row["mode"], row["cache"], row["contender"]]
             + [digits(row[k] * 1e6) for k in ("p50", "p20", "p80")]

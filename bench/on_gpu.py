@@ -16,12 +16,15 @@ from fastlm.kernels import OPS, _tuned
 from . import tune as tuning
 from . import whole_model
 from .files import add_outputs, check_files, check_ops, read_report, write, write_csv
+from .model_contenders import OURS, PEERS, nanogpt_file
+from .on_cpu import CpuBench
 from .static import environment
 from .suite import Bench, CudaBench, parse_size, run_suite, settings, speed_ups
 from .table import timed_table
 from .timed_report import timed_html
 
 _DTYPES = ("bfloat16", "float16", "float32")
+ALL_MODELS = (*OURS, *PEERS)
 
 
 def make_device() -> Bench | None:
@@ -288,14 +291,36 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", action="append", metavar="PRESET", help="may be repeated")
     parser.add_argument(
+        "--set",
+        action="append",
+        metavar="NAME=VALUE",
+        help="a field of the models' config in place of the preset's; may be repeated",
+    )
+    parser.add_argument(
         "--mode",
         action="append",
         choices=("train", "decode"),
-        help="decode: generate 64 tokens; may be repeated (default: both)",
+        help="decode: generate; may be repeated (default: both)",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="sequences (default 8)")
     parser.add_argument("--length", type=int, default=1024, help="tokens each (default 1024)")
+    parser.add_argument(
+        "--new-tokens", type=int, default=64, help="that decode adds to each (default 64)"
+    )
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the computation")
+    parser.add_argument(
+        "--contender",
+        action="append",
+        metavar="NAME",
+        help=f"one of {', '.join(ALL_MODELS)}; may be repeated (default: all that are there)",
+    )
+    parser.add_argument(
+        "--baseline", default="eager", metavar="NAME", help="of speed-ups (default eager)"
+    )
+    parser.add_argument(
+        "--nanogpt", type=Path, metavar="DIR", help="a clone of nanoGPT, whose model.py is run"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default cuda)")
     parser.add_argument("--json", metavar="FILE", help="write every row as JSON")
     parser.add_argument("--html", metavar="FILE", help="write a page with charts")
     _add_budget(parser, 60)
@@ -304,31 +329,60 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     """Times whole models."""
-    from fastlm.lm import PRESETS
+    from fastlm.lm import PRESETS, GPTConfig
+    from fastlm.lm.options import from_words
 
     check_files(args.json, args.html)
     _check_budget(args)
-    for name in ("batch_size", "length"):
+    for name in ("batch_size", "length", "new_tokens"):
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"bench: {flag} must be at least 1; got {getattr(args, name)}")
     for name in args.model or ():
         if name not in PRESETS:
             raise ValueError(f"bench: --model must be one of {', '.join(PRESETS)}; got {name!r}")
-    device = _device()
+    wanted = _models_wanted(args)
+    changes = from_words(GPTConfig, args.set or (), "bench: --set")
+    names = args.model or (whole_model.QUICK if args.suite == "quick" else whole_model.FULL)
+    works = [
+        whole_model.Workload(
+            name, args.batch_size, args.length, getattr(torch, args.dtype), args.new_tokens,
+            changes, args.nanogpt,
+        )
+        for name in names
+    ]  # fmt: skip
+    for work in works:
+        work.config()  # raises now rather than after the measurement of the device
+    device = CpuBench() if args.device == "cpu" else _device()
     if device is None:
         return 1
-    names = args.model or (whole_model.QUICK if args.suite == "quick" else whole_model.FULL)
-    dtype = getattr(torch, args.dtype)
-    works = [whole_model.Workload(n, args.batch_size, args.length, dtype) for n in names]
     modes = args.mode or ["train", "decode"]
     report = whole_model.run_models(
-        works, device, modes=modes, budget=args.budget, progress=_progress
+        works, device, modes=modes, wanted=wanted, budget=args.budget, progress=_progress
     )
+    report["baseline"] = args.baseline
     _progress("")
     print(timed_table(report))
     write(report, args.json, args.html, timed_html)
     return int(any(r["contender"] == "fused" and r["status"] != "ok" for r in report["rows"]))
+
+
+def _models_wanted(args: argparse.Namespace) -> list[str]:
+    """Names of the contenders."""
+    if args.nanogpt is not None:
+        nanogpt_file(args.nanogpt)
+    for name in args.contender or ():
+        if name not in ALL_MODELS:
+            known = ", ".join(ALL_MODELS)
+            raise ValueError(f"bench: --contender must be one of {known}; got {name!r}")
+    beside = ("nanogpt", "nanogpt compiled") if args.nanogpt is not None else ()
+    wanted = args.contender or [*whole_model.CONTENDERS, *beside]
+    if args.baseline not in wanted:
+        raise ValueError(
+            f"bench: --baseline must be one of the contenders, {', '.join(wanted)}; "
+            f"got {args.baseline!r}"
+        )
+    return wanted
 
 
 def add_tune(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ import gc
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,9 +31,10 @@ class Bench(Device, Protocol):
 
     place: torch.device
     name: str
+    side: int  # of the products that its peaks are measured with
 
-    def peak_bytes(self, call: Call) -> int:
-        """The most memory that a call holds beyond what is there before it."""
+    def peak_bytes(self, call: Call) -> int | None:
+        """The most memory that a call holds beyond what is there before it, if that is counted."""
 
     def clocks(self) -> ClockState:
         """What the driver says of the clocks now."""
@@ -46,6 +47,7 @@ class CudaBench(CudaDevice):
     """The current CUDA device and its memory."""
 
     place = torch.device("cuda")
+    side = 8192
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,13 +105,17 @@ class Peaks:
     flops: Mapping[str, float]
 
 
-def measured_peaks(device: Bench, size: int = 8192) -> Peaks:
+_HALVES_AND_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def measured_peaks(device: Bench, dtypes: Iterable[torch.dtype] = _HALVES_AND_FLOAT) -> Peaks:
     """Runs a large copy and large products of PyTorch's."""
+    size = device.side
     source = torch.empty(size * size * 2, dtype=torch.float32, device=device.place)
     target = torch.empty_like(source)
     copied = measure({"copy": lambda: target.copy_(source)}, device)["copy"]
     flops = {}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device.place).to(dtype) for _ in range(2))
 
         def product(a: Tensor = a, b: Tensor = b) -> Tensor:
@@ -423,8 +429,8 @@ def timed_report(
         "timed": True,
         "environment": {
             **environment(),
-            **_hardware(),
-            "gpu": device.name,
+            **_hardware(device),
+            "device": device.name,
             "contenders": versions(),
         },
         "command": " ".join(["fastlm", *sys.argv[1:]]),
@@ -434,14 +440,13 @@ def timed_report(
     }
 
 
-def _hardware() -> dict[str, Any]:
-    """The card, its driver and its clocks; empty where there is none."""
-    if not torch.cuda.is_available():
+def _hardware(device: Bench) -> dict[str, Any]:
+    """The card, its driver and its clocks; empty for another device."""
+    if device.place.type != "cuda":
         return {}
     properties = torch.cuda.get_device_properties()
     state = clock_state()
     return {
-        "gpu": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,

@@ -150,12 +150,13 @@ def timed_table(report: dict[str, Any]) -> str:
     medians = by_case(report["rows"])
     baseline = report.get("baseline", "eager")
     lines = []
+    models = any("tokens_per_second" in row for row in report["rows"])
     header = (
         "contender",
         "p50 us",
         "p20 to p80",
         "host us",
-        "GB/s",
+        "tokens/s" if models else "GB/s",
         "TFLOP/s",
         "roofline",
         "peak MiB",
@@ -181,7 +182,7 @@ def timed_table(report: dict[str, Any]) -> str:
             f"{total['cases']} cases; geometric mean {total['geometric_mean']:.2f}x.",
         ]
     lines.append(
-        f"{env.get('gpu')}, driver {env.get('driver')}, torch {env['torch']}, "
+        f"{hardware(env)}, torch {env['torch']}, "
         f"triton {env['triton']}, fastlm {env['fastlm']} ({env['commit']})"
     )
     if env.get("contenders"):
@@ -198,6 +199,12 @@ def timed_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def hardware(environment: dict[str, Any]) -> str:
+    """What a timed report was timed on."""
+    driver = environment.get("driver")
+    return f"{environment.get('device')}" + (f", driver {driver}" if driver else "")
+
+
 def _timed_cells(row: dict[str, Any], against: float | None) -> tuple[str, ...]:
     if row["status"] != "ok":
         return (row["contender"], *[""] * 10, f"{row['status']}: {row['reason']}")
@@ -208,7 +215,11 @@ def _timed_cells(row: dict[str, Any], against: float | None) -> tuple[str, ...]:
         return (row["contender"], *[""] * 8, *errors, f"right {said}".strip())
     rates = tuple(
         "" if row.get(k) is None else form.format(row[k])
-        for k, form in (("gbs", "{:.0f}"), ("tflops", "{:.1f}"), ("roofline", "{:.0%}"))
+        for k, form in (
+            ("tokens_per_second" if "tokens_per_second" in row else "gbs", "{:.0f}"),
+            ("tflops", "{:.1f}"),
+            ("roofline", "{:.0%}"),
+        )
     )
     return (
         row["contender"],
@@ -216,7 +227,7 @@ def _timed_cells(row: dict[str, Any], against: float | None) -> tuple[str, ...]:
         f"{digits(row['p20'] * 1e6)} to {digits(row['p80'] * 1e6)}",
         digits(row["host"] * 1e6),
         *rates,
-        f"{row['peak_bytes'] / 2**20:.0f}",
+        "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
         f"{against / row['p50']:.2f}x" if against else "",
         *errors,
         said,

@@ -6,7 +6,7 @@ from typing import Any
 from .charts import Point, bars, legend, lines, roofline
 from .page import Cell, card, cards, filters, heading, page, paragraph, table, tiles
 from .suite import by_case, summary
-from .table import digits, human
+from .table import digits, hardware, human
 
 Rows = Sequence[dict[str, Any]]
 
@@ -22,7 +22,7 @@ def timed_html(report: dict[str, Any]) -> str:
     body = [
         "<h1>fastlm kernels, timed</h1>",
         paragraph(
-            f"{env.get('gpu')}, driver {env.get('driver')}; fastlm {env['fastlm']}, commit "
+            f"{hardware(env)}; fastlm {env['fastlm']}, commit "
             f"{env['commit']}; torch {env['torch']}, triton {env['triton']}"
         ),
         tiles(
@@ -179,7 +179,7 @@ def _mode_boxes(rows: Rows, op: str, mode: str, names: Sequence[str], baseline: 
         found = [
             (case, [(r["contender"], r[key], words(r[key])) for r in rows if r["case"] == case])
             for case in cases
-            if all(key in r for r in rows if r["case"] == case)
+            if all(r.get(key) is not None for r in rows if r["case"] == case)
         ]
         most = limit or max((v for _, m in found for _, v, _ in m), default=0)
         if found and most:

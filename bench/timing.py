@@ -18,7 +18,6 @@ import torch
 
 Call = Callable[[], Any]
 
-_BATCH = 10  # calls queued behind one hold
 _WARM_UP = 0.025  # seconds of each contender before the first sample
 _MOST = 200  # samples of a contender
 
@@ -35,6 +34,8 @@ class Event(Protocol):
 
 class Device(Protocol):
     """What the engine asks of a device; tests give it a simulated one."""
+
+    queued: int  # calls behind one hold
 
     def now(self) -> float:
         """Seconds on the host's clock."""
@@ -54,6 +55,8 @@ class Device(Protocol):
 
 class CudaDevice:
     """The current CUDA device."""
+
+    queued = 10
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties()
@@ -153,7 +156,7 @@ def measure(
         done += 1
         timings = {name: Timing(samples[name], hosts[name]) for name in contenders}
         quiet = all(timing.noise < noise for timing in timings.values())
-        if done >= rounds and (quiet or done * _BATCH >= _MOST):
+        if done >= rounds and (quiet or done * device.queued >= _MOST):
             break
     return timings
 
@@ -179,9 +182,9 @@ def _warm_up(call: Call, device: Device, limit: float) -> float:
 
 def _batch(call: Call, device: Device, cold: bool, host: float) -> list[float]:
     """Seconds of each of several calls, queued while the device is held."""
-    starts = [device.event() for _ in range(_BATCH)]
-    ends = [device.event() for _ in range(_BATCH)]
-    device.hold(1.5 * _BATCH * (host + 40e-6) + 100e-6)  # 40 us: two events and a flush
+    starts = [device.event() for _ in range(device.queued)]
+    ends = [device.event() for _ in range(device.queued)]
+    device.hold(1.5 * device.queued * (host + 40e-6) + 100e-6)  # 40 us: two events and a flush
     for start, end in zip(starts, ends, strict=True):
         if cold:
             device.flush()

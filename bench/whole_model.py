@@ -1,27 +1,30 @@
-"""A training step and the generation of text by whole models, fused against PyTorch.
+"""A training step and the generation of text by whole models, fused against PyTorch and peers.
 
-Contenders are the same model with the same parameters: ``fused`` kernels and optimizer;
-``eager``, its own op for each and its own fused AdamW; ``compiled``, that through Inductor.
+Contenders hold the same parameters: ``fused`` kernels and optimizer; ``eager``, PyTorch's own op
+for each and its own fused AdamW; ``compiled``, that through Inductor; ``transformers``' model; and
+nanoGPT's, from a clone of it.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlm.kernels import AdamW, backend
+from fastlm.kernels import backend
 
+from .model_contenders import Contender, Ours, contender
 from .suite import Bench, Peaks, measured_peaks, noise_flags, timed_report, times_of
 from .table import in_a_line
 from .timing import Call, measure
 
 QUICK = ("gpt2",)
 FULL = ("gpt2", "gpt2-medium", "smollm2-135m")
-CONTENDERS = ("fused", "eager", "compiled")
+CONTENDERS = ("fused", "eager", "compiled", "transformers")
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,35 @@ class Workload:
         batch: Sequences.
         length: Tokens each; in generation those of the prompt.
         dtype: That it computes in; parameters of a training step are float32.
+        new: Tokens that generation adds to each.
+        changes: Fields of the preset's config in place of its own.
+        nanogpt: A clone of nanoGPT, for the contender of that name.
     """
 
     preset: str
     batch: int
     length: int
     dtype: torch.dtype = torch.bfloat16
+    new: int = 64
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    nanogpt: Path | None = None
 
     @property
     def label(self) -> str:
         """In words: ``gpt2 bfloat16 B=8 T=1024``."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.preset} {dtype} B={self.batch} T={self.length}"
+        changes = "".join(f" {name}={value}" for name, value in self.changes.items())
+        return f"{self.preset}{changes} {dtype} B={self.batch} T={self.length}"
+
+    def config(self) -> Any:
+        """The model's; its ``block_size`` holds prompt and new tokens unless ``changes`` say it."""
+        from fastlm.lm import GPTConfig
+
+        changes = {"dropout": 0.0, **self.changes}
+        if "block_size" not in changes:
+            own = GPTConfig.preset(self.preset).block_size
+            changes["block_size"] = max(self.length + self.new, own)
+        return GPTConfig.preset(self.preset, **changes)
 
 
 def workloads(suite: str, batch: int = 8, length: int = 1024) -> list[Workload]:
@@ -52,20 +72,26 @@ def workloads(suite: str, batch: int = 8, length: int = 1024) -> list[Workload]:
     return [Workload(name, batch, length) for name in (QUICK if suite == "quick" else FULL)]
 
 
-def _model(work: Workload, contender: str, device: Bench) -> Any:
-    """The model with the parameters that every contender has."""
-    from fastlm.lm import GPT, GPTConfig
+def _model(work: Workload, name: str, device: Bench, dtype: torch.dtype) -> Contender:
+    """A contender with the parameters that all have, made in float32."""
+    from fastlm.lm import GPT
 
     torch.manual_seed(0)
-    most = max(work.length + NEW, GPTConfig.preset(work.preset).block_size)
-    config = GPTConfig.preset(work.preset, block_size=most, dropout=0.0)
-    model = GPT(config, ops="eager" if contender == "exact" else "fused")
-    return model.to(device.place)
+    model = GPT(work.config(), ops="fused").to(device.place, dtype)
+    return contender(name, model, work.nanogpt)
 
 
-def _by(contender: str) -> AbstractContextManager[Any]:
+def _exact(work: Workload, device: Bench) -> Ours:
+    """What all should compute: the reference in float64."""
+    from fastlm.lm import GPT
+
+    torch.manual_seed(0)
+    return Ours(GPT(work.config(), ops="eager").to(device.place).double(), fused=False)
+
+
+def _by(name: str) -> AbstractContextManager[Any]:
     """PyTorch's own op for each call of a contender but ``fused``."""
-    return nullcontext() if contender == "fused" else backend("torch")
+    return nullcontext() if name == "fused" else backend("torch")
 
 
 @contextmanager
@@ -77,59 +103,47 @@ def _precision(work: Workload, device: Bench) -> Iterator[None]:
             yield
 
 
-def _tokens(model: Any, work: Workload, device: Bench, length: int) -> Tensor:
+def _tokens(work: Workload, batch: int, length: int, device: Bench) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    shape = (work.batch, length)
-    ids = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    ids = torch.randint(0, work.config().vocab_size, (batch, length), generator=generator)
     return ids.to(device.place)
 
 
 # --- training -----------------------------------------------------------------------------------
 
 
-def training_step(work: Workload, contender: str, device: Bench) -> tuple[Any, Call]:
-    """A model, and a call that trains it for a step: forward, backward, optimizer."""
-    model = _model(work, contender, device)
-    ids = _tokens(model, work, device, work.length + 1)
+def training_step(work: Workload, name: str, device: Bench) -> Call:
+    """A call that trains a model for a step: forward, backward, optimizer."""
+    model = _model(work, name, device, torch.float32)
+    ids = _tokens(work, work.batch, work.length + 1, device)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    kind: Any = AdamW if contender == "fused" else torch.optim.AdamW
-    optimizer = kind(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
-    run = torch.compile(model, dynamic=False) if contender == "compiled" else model
+    optimizer = model.optimizer()
 
     def step() -> None:
-        with _by(contender):
+        with _by(name):
             with _precision(work, device):
-                _, loss = run(inputs, targets)
+                loss = model.loss(inputs, targets)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    return model, step
+    return step
 
 
-_CHECKED = (1, 64)  # sequences and tokens of the check, which also runs in float64
+_CHECKED = 64  # tokens of the sequence of the check, which also runs in float64
 
 
-def gradients(work: Workload, contender: str, device: Bench, exact: bool = False) -> Tensor:
-    """The loss and all gradients of one batch as one float64 vector.
-
-    Args:
-        work: The model.
-        contender: Whose kernels.
-        device: Where to run.
-        exact: In float64, eager.
-    """
-    model = _model(work, "exact" if exact else contender, device)
-    if exact:
-        model = model.double()
-    small = Workload(work.preset, *_CHECKED, torch.float32 if exact else work.dtype)
-    ids = _tokens(model, small, device, small.length + 1)
-    with _by("exact" if exact else contender):
-        with _precision(small, device):
-            _, loss = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+def gradients(work: Workload, name: str, device: Bench) -> Tensor:
+    """The loss and all gradients of one sequence as one float64 vector; "exact": the reference."""
+    exact = name == "exact"
+    model = _exact(work, device) if exact else _model(work, name, device, torch.float32)
+    ids = _tokens(work, 1, min(_CHECKED, work.config().block_size) + 1, device)
+    with _by(name):
+        with nullcontext() if exact else _precision(work, device):
+            loss = model.loss(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         loss.backward()
-    found = [p.grad for _, p in sorted(model.named_parameters()) if p.grad is not None]
-    return torch.cat([loss.detach().double().reshape(1), *(g.double().flatten() for g in found)])
+    found = [g.double().flatten() for _, g in sorted(model.gradients().items())]
+    return torch.cat([loss.detach().double().reshape(1), *found])
 
 
 def _distance(got: Tensor, exact: Tensor) -> float:
@@ -141,39 +155,29 @@ def _distance(got: Tensor, exact: Tensor) -> float:
 # --- generation ---------------------------------------------------------------------------------
 
 
-NEW = 64  # tokens that each sequence grows by
+def generation(work: Workload, name: str, device: Bench) -> Call:
+    """A call that continues each prompt by ``work.new`` tokens, the likeliest each."""
+    model = _model(work, name, device, work.dtype)
+    model.module.eval()
+    prompts = _tokens(work, work.batch, work.length, device)
+
+    def grow() -> Any:
+        with torch.no_grad(), _by(name):
+            return model.grow(prompts, work.new)
+
+    return grow
 
 
-def generation(work: Workload, contender: str, device: Bench) -> tuple[Any, Call]:
-    """A model, and a call that continues each prompt by ``NEW`` tokens, the likeliest each."""
-    model = _model(work, contender, device).to(work.dtype).eval()
-    prompts = _tokens(model, work, device, work.length)
-
-    def grow() -> list[Tensor]:
-        with _by(contender):
-            return model.generate(prompts, NEW, temperature=0.0)
-
-    return model, grow
-
-
-def cached_logits(work: Workload, contender: str, device: Bench) -> Tensor:
-    """The logits of one token behind a cache that holds all tokens before it."""
-    from fastlm.lm import KVCache
-
-    model = _model(work, contender, device).to(work.dtype).eval()
-    ids = _tokens(model, work, device, work.length + 1)
-    cache = KVCache(model.config, work.batch, work.length + 1, device.place, work.dtype)
-    with torch.no_grad(), _by(contender):
-        model(ids[:, :-1], cache=cache)
-        return model(ids[:, -1:], cache=cache)[0]
-
-
-def last_logits(work: Workload, device: Bench) -> Tensor:
-    """What ``cached_logits`` should be: the same token's logits in float64, without a cache."""
-    model = _model(work, "exact", device).double().eval()
-    ids = _tokens(model, work, device, work.length + 1)
-    with torch.no_grad(), _by("exact"):
-        return model.lm_head(model.hidden(ids)[:, -1:])
+def last_logits(work: Workload, name: str, device: Bench) -> Tensor:
+    """The logits of one token as generation computes them; "exact": in float64, with no cache."""
+    exact = name == "exact"
+    model = _exact(work, device) if exact else _model(work, name, device, work.dtype)
+    model.module.eval()
+    ids = _tokens(work, work.batch, min(work.length + 1, work.config().block_size), device)
+    with torch.no_grad(), _by(name):
+        if isinstance(model, Ours) and exact:
+            return model.module.lm_head(model.module.hidden(ids)[:, -1:])
+        return model.last_logits(ids)
 
 
 # --- a run --------------------------------------------------------------------------------------
@@ -191,29 +195,29 @@ def _rows(
     training = mode == "train"
     base = {
         "op": f"{work.preset} {'training step' if training else 'generation'}",
-        "case": work.label + ("" if training else f" and {NEW} new"),
+        "case": work.label + ("" if training else f" and {work.new} new"),
         "size": {"B": str(work.batch), "T": str(work.length)},
         "dtype": str(work.dtype).removeprefix("torch."),
         "mode": mode,
         "cache": "warm",
     }
-    rows, calls, models = {}, {}, {}
+    rows, calls = {}, {}
     errors: dict[str, float] = {}
-    exact = gradients(work, "eager", device, exact=True) if training else last_logits(work, device)
+    look, build = (gradients, training_step) if training else (last_logits, generation)
+    exact = look(work, "exact", device)
     for name in wanted:
-        if name == "compiled" and not training:
+        if name.endswith("compiled") and not training:
             continue  # generation has its own graphs
         try:
-            look = gradients if training else cached_logits
             errors[name] = _distance(look(work, name, device).double(), exact)
-            models[name], calls[name] = (training_step if training else generation)(
-                work, name, device
-            )
+            calls[name] = build(work, name, device)
             calls[name]()
             device.synchronize()
         except Exception as error:  # a contender that fails must not end the run
-            failed = {"status": "failed", "reason": in_a_line(error)}
-            rows[name] = {**base, "contender": name, **failed}
+            reason, missing = in_a_line(error), isinstance(error, NotImplementedError)
+            why = reason.partition(": ")[2] if missing else reason
+            status = "skipped" if missing else "failed"
+            rows[name] = {**base, "contender": name, "status": status, "reason": why}
             calls.pop(name, None)
     before = device.clocks()
     timings = measure(calls, device, cold=False, budget=budget) if calls else {}
@@ -224,14 +228,21 @@ def _rows(
             row |= times_of(timing)
             row |= {"peak_bytes": device.peak_bytes(calls[name])}
             row["flags"] = noise_flags(timing, throttled)
-            tokens = work.batch * (work.length if training else NEW)
+            tokens = work.batch * (work.length if training else work.new)
             row["tokens_per_second"] = tokens / timing.median
             if training:
-                flops = models[name].flops_per_token(work.length) * tokens
+                flops = _flops_per_token(work) * tokens
                 row["tflops"] = flops / timing.median / 1e12
                 row["roofline"] = flops / timing.median / peaks.flops[row["dtype"]]
         rows[name] = row
     return list(rows.values())
+
+
+def _flops_per_token(work: Workload) -> int:
+    from fastlm.lm import GPT
+
+    with torch.device("meta"):
+        return GPT(work.config()).flops_per_token(work.length)
 
 
 def _judged(name: str, errors: dict[str, float], dtype: torch.dtype) -> dict[str, Any]:
@@ -265,7 +276,7 @@ def run_models(
         progress: Told of each workload before it runs.
     """
     started = time.perf_counter()
-    peaks = measured_peaks(device)
+    peaks = measured_peaks(device, {work.dtype for work in works})
     rows: list[dict[str, Any]] = []
     share = budget / max(1, len(works) * len(modes))
     for work in works:

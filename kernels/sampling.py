@@ -33,6 +33,7 @@ _SERIES_BELOW = 2.0**-5
 _JUST_BELOW_ONE = 1 - 2.0**-24
 _GROUP = 64
 _FEW = 2**12
+_HEAD = 2**10
 
 # Gumbel noise is -log(e) with e = -log(1 - v), of v = word / 2^32 rather than of 1 - v: the tokens
 # that win have a small e, and float32 is fine near 0 and coarse near 1.
@@ -155,9 +156,57 @@ def _eager(
     seed: int | Tensor | None = None,
     offset: int | Tensor = 0,
 ) -> Tensor:
-    """The same, with noise drawn ahead where that is as quick."""
+    """The same: of the likeliest tokens alone, or with noise drawn ahead, where that is as good."""
     _check(logits, temperature, top_k, top_p, min_p, seed, offset)
-    return _drawn(logits, temperature, top_k, top_p, min_p, seed, offset, _noise_at)
+    settings = temperature, top_k, top_p, min_p, seed, offset
+    tokens = _drawn_of_head(logits, *settings) if _has_head(logits, temperature) else None
+    return _drawn(logits, *settings, _noise_at) if tokens is None else tokens
+
+
+def _has_head(logits: Tensor, temperature: float | Tensor) -> bool:
+    """Whether a few of the tokens may be all that a filter leaves, and can be looked at."""
+    return (
+        logits.device.type == "cpu"
+        and logits.numel() > 0
+        and logits.shape[1] > _FEW
+        and not isinstance(temperature, Tensor)
+        and temperature > 0
+        and type(logits) is Tensor
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _drawn_of_head(
+    logits: Tensor,
+    temperature: float | Tensor,
+    top_k: int | Tensor,
+    top_p: float | Tensor,
+    min_p: float | Tensor,
+    seed: int | Tensor | None,
+    offset: int | Tensor,
+) -> Tensor | None:
+    """As ``_drawn``, by the _HEAD largest logits of each row; None where those may not be enough.
+
+    For a vocabulary of 50,000 this is a seventh of the time on a CPU: no sort, little noise.
+    """
+    if _is_off(top_k, 0) and _is_off(top_p, 1.0) and _is_off(min_p, 0.0):
+        return None
+    x = logits.detach().float()
+    head, tokens = x.topk(_HEAD, 1)
+    total = None
+    if _is_off(top_k, 0):
+        total = ((x - head[:, :1]) / temperature).exp().sum(1, keepdim=True)
+    floor = _floor(head, temperature, top_k, top_p, min_p, total)
+    if not bool(((head[:, -1:] < floor) & head[:, :1].isfinite()).all()):
+        return None
+    kept = head >= floor
+    most = int(kept.sum(1).max())
+    head, tokens, kept = head[:, :most], tokens[:, :most], kept[:, :most]
+    seeds, steps = _seeds(seed, logits)[:, None], _rows_setting(offset, torch.int64, logits)
+    words = words_of(seeds, (steps[:, None] << 32) + (tokens >> 2))
+    noise = _noise(words.gather(2, (tokens & 3)[:, :, None])[:, :, 0])
+    best = (head + temperature * noise).masked_fill(~kept, -math.inf).argmax(1, keepdim=True)
+    return tokens.gather(1, best)[:, 0]
 
 
 def _drawn(
@@ -192,29 +241,52 @@ def kept_tokens(
     """Which of the float32 logits (B, V) the filters keep at temperatures ``degrees`` (B, 1)."""
     if _is_off(top_k, 0) and _is_off(top_p, 1.0) and _is_off(min_p, 0.0):
         return torch.ones_like(x, dtype=torch.bool)
-    V = x.shape[1]
-    ordered = x.sort(1, descending=True).values
+    floor = _floor(x.sort(1, descending=True).values, degrees, top_k, top_p, min_p)
+    return (x >= floor) | x.isnan()
+
+
+def _floor(
+    ordered: Tensor,
+    degrees: float | Tensor,
+    top_k: int | Tensor,
+    top_p: float | Tensor,
+    min_p: float | Tensor,
+    total: Tensor | None = None,
+) -> Tensor:
+    """The least logit that is kept of each row: (B, 1).
+
+    Args:
+        ordered: The row's logits from the largest on, or the first of them.
+        degrees: Temperatures.
+        top_k: Of ``sample``.
+        top_p: Of ``sample``.
+        min_p: Of ``sample``.
+        total: (B, 1): the row's sum of exp((x - largest) / degrees), if ``ordered`` is not all.
+    """
+    N = ordered.shape[1]
     largest, floor = ordered[:, :1], ordered[:, -1:]
     if isinstance(top_k, Tensor):
-        k = _rows_setting(top_k, torch.int64, x)[:, None]
-        floor = torch.where(k > 0, ordered.gather(1, k.clamp(1, V) - 1), floor)
+        k = _rows_setting(top_k, torch.int64, ordered)[:, None]
+        floor = torch.where(k > 0, ordered.gather(1, k.clamp(1, N) - 1), floor)
     elif int(top_k):
-        last = min(int(top_k), V)
+        last = min(int(top_k), N)
         floor = ordered[:, last - 1 : last]
     if not _is_off(top_p, 1.0):
-        p = _in_rows(top_p, torch.float32, x)
+        p = _in_rows(top_p, torch.float32, ordered)
         weights = torch.where(ordered == largest, 1.0, ((ordered - largest) / degrees).exp())
         mass = (weights * (ordered >= floor)).cumsum(1)
-        enough = (mass >= p * mass[:, -1:]).to(torch.uint8).argmax(1, keepdim=True)
-        cut = ordered.gather(1, enough)
+        reached = mass >= p * (mass[:, -1:] if total is None else total)
+        cut = ordered.gather(1, reached.to(torch.uint8).argmax(1, keepdim=True))
+        if total is not None:
+            cut = torch.where(reached[:, -1:], cut, floor)
         floor = torch.where(p < 1, cut, floor) if isinstance(p, Tensor) else cut
     if not _is_off(min_p, 0.0):
-        share = _rows_setting(min_p, torch.float32, x)[:, None]
+        share = _rows_setting(min_p, torch.float32, ordered)[:, None]
         cut = largest + degrees * share.log()
         if isinstance(degrees, Tensor):
             cut = torch.where(degrees > 0, cut, largest)
         floor = torch.where(share > 0, floor.maximum(cut), floor)
-    return (x >= floor) | x.isnan()
+    return floor
 
 
 # --- kernels ------------------------------------------------------------------------------------

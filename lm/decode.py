@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .flat import flat_step
+from .flat import flat_step, head
 from .graph import Graphed
 from .model import GPT
 
@@ -73,6 +73,7 @@ class Step:
         self.model, self.sampling = model, sampling
         self.cache: KVCache | None = None
         self.flat: Callable[[Tensor], Tensor] | None = None
+        self.head = head(model)
         self.token = torch.zeros(len(rows), 1, dtype=torch.int64, device=device)
         self.place = torch.zeros(len(rows), dtype=torch.int64, device=device)
         seeds = [sampling.row_seed(row % n) for row in range(len(rows))]
@@ -90,7 +91,7 @@ class Step:
             hidden = self.flat(self.token[:, 0])
         else:
             hidden = self.model.hidden(self.token, cache=self.cache)[:, -1]
-        self.draw(self.model.lm_head(hidden))
+        self.draw(self.head(hidden))
 
     def behind(self, cache: KVCache) -> None:
         """Says where the keys and values are of what the rows hold."""

@@ -39,6 +39,26 @@ def flat_step(model: GPT, cache: KVCache) -> Function | None:
     return _Flat(model, blocks, cache)
 
 
+_WIDE, _FEW_ROWS = 4096, 16
+
+
+def head(model: GPT) -> Function:
+    """A function from what the head reads (rows, n_embd) to logits (rows, vocab_size).
+
+    On a CPU, 2 to 16 rows of a large vocabulary are the table times the rows' columns: the same
+    product, for which MKL takes 1.2 to 4 times less than for the rows times the table.
+    """
+    weight, plain = model.lm_head.weight, _plain(model.lm_head, torch.float32)
+    if weight.device.type != "cpu" or len(weight) < _WIDE or not plain:
+        return model.lm_head
+
+    def few(x: Tensor) -> Tensor:
+        turned = 1 < len(x) <= _FEW_ROWS and x.dtype == weight.dtype
+        return (weight @ x.t()).t() if turned else model.lm_head(x)
+
+    return few
+
+
 def _parts(block: Block) -> tuple[nn.Module, ...]:
     norms, attn, mlp = (block.ln_1, block.ln_2), block.attn, block.mlp
     return block, attn, mlp, *norms, attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj

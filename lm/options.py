@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -54,3 +54,35 @@ def from_fields(kind: type[T], fields: Mapping[str, Any]) -> T:
     if unknown:
         raise ValueError(f"{kind.__name__}: unknown field {unknown[0]!r}")
     return kind(**fields)
+
+
+def from_words(kind: type, words: Sequence[str], flag: str) -> dict[str, Any]:
+    """Fields out of words such as ``n_layer=4``, ``bias=true``, ``window=none``.
+
+    Raises:
+        ValueError: Not of that form, a name that is no field, or a value that is not of its type.
+    """
+    hints, found = get_type_hints(kind), {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if not text:
+            raise ValueError(f"{flag} must be like NAME=VALUE; got {word!r}")
+        if name not in hints:
+            raise ValueError(f"{flag} must name one of {', '.join(hints)}; got {name!r}")
+        found[name] = _value(hints[name], text, f"{flag} {name}")
+    return found
+
+
+def _value(hint: Any, text: str, what: str) -> Any:
+    if text.lower() == "none" and type(None) in get_args(hint):
+        return None
+    hint = _without_none(hint)
+    choices = {"true": True, "false": False} if hint is bool else {c: c for c in get_args(hint)}
+    if choices:
+        if text.lower() not in choices:
+            raise ValueError(f"{what} must be one of {', '.join(choices)}; got {text!r}")
+        return choices[text.lower()]
+    try:
+        return hint(text)
+    except ValueError:
+        raise ValueError(f"{what} must be {hint.__name__}; got {text!r}") from None

@@ -64,6 +64,8 @@ class SimulatedDevice:
     # What the suite asks for beside times.
     place = torch.device("cpu")
     name = "simulated"
+    side = 16
+    queued = 10
 
     def peak_bytes(self, call):
         call()

@@ -31,7 +31,7 @@ def device(monkeypatch):
     found = SimulatedDevice()
     monkeypatch.setattr(on_gpu, "make_device", lambda: found)
     monkeypatch.setattr(suite, "measured_peaks", lambda device: PEAKS)
-    monkeypatch.setattr(whole_model, "measured_peaks", lambda device: PEAKS)
+    monkeypatch.setattr(whole_model, "measured_peaks", lambda device, dtypes: PEAKS)
     return found
 
 
@@ -116,7 +116,7 @@ def test_peaks_come_from_a_copy_and_a_product(device, monkeypatch):
         return {name: Timing([1e-3], float(call() is None)) for name, call in calls.items()}
 
     monkeypatch.setattr(suite, "measure", in_a_millisecond)
-    found = measured_peaks(device, size=16)
+    found = measured_peaks(device)
     assert found.bytes == pytest.approx(2 * (16 * 16 * 2) * 4 / 1e-3)  # read and written
     for rate in (found.flops[name] for name in ("float32", "float16", "bfloat16")):
         assert rate == pytest.approx(2 * 16**3 / 1e-3)
@@ -249,34 +249,39 @@ def steps(device, monkeypatch):
         build = getattr(whole_model, name)
 
         def built(work, contender, device, build=build, seconds=seconds):
-            model, step = build(work, contender, device)
+            step = build(work, contender, device)
 
             def call():
                 device.kernel(seconds * (2 if contender == "eager" else 1))
                 return step()
 
-            return model, call
+            return call
 
         monkeypatch.setattr(whole_model, name, built)
-    monkeypatch.setattr(whole_model, "CONTENDERS", ("fused", "eager"))
-    monkeypatch.setattr(whole_model, "NEW", 2)
+
+
+TINY = ("--model", "tiny", "--set", "n_layer=1", "--batch-size", 2, "--length", 8)
+FLOAT = ("--dtype", "float32", "--new-tokens", 2, "--budget", "0.1")
 
 
 def test_training_and_decoding_of_a_model(steps, tmp_path, capsys):
     file, page = tmp_path / "model.json", tmp_path / "model.html"
-    words = ("--model", "tiny", "--batch-size", 2, "--length", 8, "--dtype", "float32")
-    assert bench("train", *words, "--budget", "0.1", "--json", file, "--html", page) == 0
+    words = ("--contender", "fused", "--contender", "eager", "--json", file, "--html", page)
+    assert bench("train", *TINY, *FLOAT, *words) == 0
     rows = {(r["mode"], r["contender"]): r for r in json.loads(file.read_text())["rows"]}
     assert set(rows) == {(m, c) for m in ("train", "decode") for c in ("fused", "eager")}
     for (mode, _), row in rows.items():
         assert row["status"] == "ok", row
         assert row["error"] < 1e-4
-        tokens = 2 * 8 if mode == "train" else 2 * whole_model.NEW
+        assert "tiny n_layer=1 float32 B=2 T=8" in row["case"]
+        tokens = 2 * 8 if mode == "train" else 2 * 2
         assert row["tokens_per_second"] == pytest.approx(tokens / row["p50"])
     assert rows["train", "fused"]["p50"] == pytest.approx(10e-3, rel=1e-3)
     assert rows["decode", "eager"]["p50"] == pytest.approx(10e-3, rel=1e-3)
     assert rows["train", "fused"]["tflops"] > 0
-    assert "tiny training step" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "tiny training step" in printed
+    assert "tokens/s" in printed
     assert "tiny generation" in page.read_text()
 
 

@@ -190,7 +190,7 @@ def report():
     found = run_suite(cases, device, budget=4, progress=told.append)
     patch.undo()
     assert told[0] == "1/4 layer_norm forward float32 M=8 N=64"
-    found["environment"] |= {"gpu": "simulated", "driver": "1"}
+    found["environment"] |= {"device": "simulated", "driver": "1"}
     return json.loads(json.dumps(found, allow_nan=False))
 
 
@@ -279,7 +279,7 @@ def test_a_case_that_is_no_longer_right_is_a_regression(report):
     assert worse["verdict"] == "ok -> wrong"
 
 
-@pytest.mark.parametrize("fact", ["gpu", "driver"])
+@pytest.mark.parametrize("fact", ["device", "driver"])
 def test_other_hardware_is_refused(report, fact):
     other = copy.deepcopy(report)
     other["environment"][fact] = "another"

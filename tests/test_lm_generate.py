@@ -13,7 +13,7 @@ from fastlm.kernels import OPS
 from fastlm.kernels._interpreter import interpreted
 from fastlm.lm import GPT, GPTConfig, KVCache
 from fastlm.lm.decode import Sampling, Step, agreed
-from fastlm.lm.flat import flat_step
+from fastlm.lm.flat import flat_step, head
 from fastlm.lm.growth import as_prompts
 from fastlm.lm.lookup import Lookup
 from fastlm.lm.lora import apply_lora
@@ -92,6 +92,19 @@ def test_the_flat_step_is_the_model(style, dtype):
         assert torch.equal(step(ids), model.hidden(ids[:, None], cache=twin)[:, 0])
     assert cache.lengths.tolist() == twin.lengths.tolist() == [15, 15]
     assert all(map(torch.equal, cache.k + cache.v, twin.k + twin.v))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_head_of_few_rows_is_the_models(rows, bias):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.preset("tiny", n_layer=1, vocab_size=5003, bias=bias)).eval()
+    x = torch.randn(rows, model.config.n_embd)
+    torch.testing.assert_close(head(model)(x), model.lm_head(x))
+    model.double()
+    assert head(model) is model.lm_head
+    model.float().lm_head.register_forward_hook(lambda *_: torch.zeros(1))
+    assert head(model)(x).shape == (1,)
 
 
 def test_the_flat_step_leaves_to_the_model_what_it_does_not_know():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastlm.kernels import OPS, backend, explain, sample
+from fastlm.kernels import OPS, backend, explain, sample, sampling
 from fastlm.kernels._dispatch import cpu_runner
 from fastlm.kernels.sampling import kept_tokens, reference
 
@@ -248,3 +248,71 @@ def test_the_cpu_path_draws_the_kernels_tokens():
     with cpu_runner(None):
         plain = sample(x, **settings)
     assert plain.tolist() == sample(x, **settings).tolist()
+
+
+# --- large vocabularies on a CPU ----------------------------------------------------------------
+
+ROWS = 16
+FILTERS = [
+    {"top_k": 50},
+    {"top_p": 0.9},
+    {"min_p": 0.05},
+    {"top_k": 40, "top_p": 0.8, "min_p": 0.01},
+    {"top_k": torch.arange(1, ROWS + 1) * 50},
+    {"top_p": torch.linspace(0.1, 0.9, ROWS)},
+    {"min_p": torch.linspace(0.01, 0.9, ROWS)},
+]
+
+
+def draws_alike(x, **settings):
+    want = reference(x, seed=3, offset=torch.arange(len(x)), **settings)
+    with cpu_runner(None):
+        got = sample(x, seed=3, offset=torch.arange(len(x)), **settings)
+    assert got.dtype == torch.int64
+    assert got.tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_the_likeliest_tokens_alone_the_same_is_drawn(filters, dtype, monkeypatch):
+    x = logits(ROWS, 6001, dtype, scale=5.0)
+    sorts = []
+    honest = sampling._drawn
+    monkeypatch.setattr(sampling, "_drawn", lambda *args: sorts.append(1) or honest(*args))
+    with cpu_runner(None):
+        got = sample(x, temperature=0.8, seed=3, **filters)
+    assert not sorts
+    assert got.tolist() == reference(x, temperature=0.8, seed=3, **filters).tolist()
+    assert len(set(got.tolist())) > 1
+    draws_alike(x, temperature=0.8, **filters)
+
+
+def flat(x):
+    return x / 100
+
+
+def tied(x):
+    return x.round()
+
+
+def one_nan(x):
+    x[1, 4000] = math.nan
+    return x
+
+
+def two_infinite(x):
+    x[1, [3000, 4000]] = math.inf
+    return x
+
+
+def one_finite(x):
+    x[1], x[1, 77] = -math.inf, 0.0
+    x[2] = -math.inf
+    return x
+
+
+@pytest.mark.parametrize("change", [flat, tied, one_nan, two_infinite, one_finite])
+@pytest.mark.parametrize("filters", [*FILTERS[:4], {"top_k": 3000}, {"top_p": 0.9999}])
+def test_what_the_likeliest_do_not_decide_is_drawn_of_all(change, filters):
+    x = change(logits(4, 6001, scale=1.0))
+    draws_alike(x, **filters)

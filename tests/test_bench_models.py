@@ -1,0 +1,224 @@
+"""Whole models beside peers on a CPU: the same parameters, checked, timed; or why not."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from fastlm.bench import cli, on_gpu, whole_model
+from fastlm.bench.model_contenders import contender
+from fastlm.bench.on_cpu import CpuBench
+from fastlm.bench.timing import measure
+from fastlm.bench.whole_model import Workload
+from fastlm.lm import GPT, GPTConfig
+
+# What a clone of nanoGPT offers, around our own eager model.
+CLONE = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+import fastlm.lm
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("number of parameters: a few")
+        ours = fastlm.lm.GPTConfig(activation="ACTIVATION", **vars(config))
+        own = fastlm.lm.GPT(ours, ops="eager")
+        self.transformer = nn.ModuleDict(dict(wte=own.wte, wpe=own.wpe, h=own.h, ln_f=own.ln_f))
+        self.lm_head = own.lm_head
+        object.__setattr__(self, "own", own)
+
+    def forward(self, ids, targets=None):
+        logits, loss = self.own(ids, targets)
+        return (logits[:, -1:] if targets is None else None), loss
+
+    def generate(self, ids, new, temperature=1.0, top_k=None):
+        assert top_k == 1
+        for _ in range(new):
+            seen = ids[:, -self.own.config.block_size:]
+            ids = torch.cat((ids, self(seen)[0].argmax(-1)), 1)
+        return ids
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        print("using fused AdamW: False")
+        assert device_type == "cpu"
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
+"""
+SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 50}
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    """The machine's peaks are measured with products of 64 x 64."""
+    monkeypatch.setattr(CpuBench, "side", 64)
+
+
+def clone(folder, activation="gelu"):
+    (folder / "model.py").write_text(CLONE.replace("ACTIVATION", activation))
+    return folder
+
+
+def bench(*words):
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    return cli.run(parser.parse_args([str(word) for word in words]))
+
+
+def asked(**changes):
+    shape = [w for k, v in {**SMALL, **changes}.items() for w in ("--set", f"{k}={v}")]
+    return ("--model", "tiny", *shape, "--dtype", "float32", "--device", "cpu", "--budget", "0.2")
+
+
+BATCH = ("--batch-size", 2, "--length", 8, "--new-tokens", 12)  # past the block of 16
+
+
+def rows_of(file):
+    report = json.loads(file.read_text())
+    return report, {(r["mode"], r["contender"]): r for r in report["rows"]}
+
+
+def test_beside_a_clone_of_nanogpt_on_a_cpu(tmp_path, capsys):
+    file, page = tmp_path / "r.json", tmp_path / "r.html"
+    names = ("fused", "eager", "nanogpt")
+    chosen = [word for name in names for word in ("--contender", name)]
+    peer = ("--nanogpt", clone(tmp_path), "--baseline", "nanogpt")
+    outputs = ("--json", file, "--html", page)
+    assert bench("train", *asked(), *BATCH, *chosen, *peer, *outputs) == 0
+    report, rows = rows_of(file)
+    assert set(rows) == {(mode, name) for mode in ("train", "decode") for name in names}
+    for (mode, _), row in rows.items():
+        assert row["status"] == "ok", row
+        assert row["error"] < 1e-5
+        assert row["tokens_per_second"] == pytest.approx(
+            2 * (8 if mode == "train" else 12) / row["p50"]
+        )
+        assert row["peak_bytes"] is None
+    assert report["environment"]["device"].endswith(f"{torch.get_num_threads()} threads")
+    assert "driver" not in report["environment"]
+    printed = capsys.readouterr().out
+    assert "Against nanogpt: " in printed
+    assert "number of parameters" not in printed
+    assert "driver" not in printed
+    assert "None" not in printed
+    assert "Peak memory" not in page.read_text()
+
+
+def test_another_function_than_ours_is_wrong_and_shows_no_time(tmp_path):
+    work = Workload(
+        "tiny",
+        2,
+        8,
+        torch.float32,
+        4,
+        {**SMALL, "activation": "gelu"},
+        clone(tmp_path, "relu_squared"),
+    )
+    report = whole_model.run_models(
+        [work], CpuBench(), wanted=("fused", "eager", "nanogpt"), budget=0.2
+    )
+    said = {(r["mode"], r["contender"]): r["status"] for r in report["rows"]}
+    assert said["train", "nanogpt"] == said["decode", "nanogpt"] == "wrong"
+    assert said["train", "fused"] == said["decode", "fused"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "reason"),
+    [
+        ({"activation": "gelu_tanh"}, "nanogpt", "nanogpt has activation='gelu'; the model has"),
+        ({"norm": "rms"}, "nanogpt", "nanogpt has norm='layer'"),
+        ({"n_kv_head": 1}, "nanogpt", "nanogpt has as many keys as queries"),
+        ({"n_inner": 64}, "nanogpt compiled", "and 4 n_embd inside"),
+    ],
+)
+def test_a_model_that_a_peer_has_not_is_skipped_with_the_reason(tmp_path, changes, name, reason):
+    work = Workload(
+        "tiny", 1, 4, torch.float32, 2, {**SMALL, "activation": "gelu", **changes}, clone(tmp_path)
+    )
+    report = whole_model.run_models(
+        [work], CpuBench(), modes=["train"], wanted=("fused", name), budget=0.1
+    )
+    row = next(r for r in report["rows"] if r["contender"] == name)
+    assert row["status"] == "skipped"
+    assert reason in row["reason"]
+
+
+def test_without_a_clone_nanogpt_says_what_it_needs():
+    with pytest.raises(NotImplementedError, match="--nanogpt must say where a clone of it is"):
+        contender("nanogpt", GPT(GPTConfig.preset("tiny", n_layer=1)))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--nanogpt", "/nowhere"), "--nanogpt must be a clone of nanoGPT; /nowhere/model.py"),
+        (
+            ("--contender", "gpt5"),
+            "--contender must be one of fused, eager, compiled, transformers",
+        ),
+        (("--set", "n_layer"), "--set must be like NAME=VALUE; got 'n_layer'"),
+        (("--set", "layers=3"), "--set must name one of vocab_size, .*; got 'layers'"),
+        (("--set", "n_layer=few"), "--set n_layer must be int; got 'few'"),
+        (("--set", "bias=no"), "--set bias must be one of true, false; got 'no'"),
+        (("--set", "norm=batch"), "--set norm must be one of layer, rms; got 'batch'"),
+        (("--set", "n_head=3"), "n_head must divide n_embd"),
+        (("--new-tokens", 0), "--new-tokens must be at least 1; got 0"),
+        (("--baseline", "nanogpt"), "--baseline must be one of the contenders"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_measured(monkeypatch, more, message):
+    monkeypatch.setattr(on_gpu, "CpuBench", None)
+    with pytest.raises(ValueError, match=message):
+        bench("train", "--model", "tiny", "--device", "cpu", *more)
+
+
+def test_a_cpu_s_times_are_of_the_calls_in_turns():
+    calls = []
+    device = CpuBench()
+    found = measure(
+        {name: lambda name=name: calls.append(name) for name in "ab"}, device, budget=0.0, cold=True
+    )
+    assert calls[-6:] == list("ababab")
+    assert all(0 < timing.median < 0.1 for timing in found.values())
+
+
+# --- transformers -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers", reason="the peer is not installed")
+
+
+@pytest.mark.parametrize("changes", [{"bias": True}, {"preset": "llama-tiny", "n_kv_head": 1}])
+def test_beside_transformers(transformers, changes):
+    preset = changes.pop("preset", "tiny")
+    shape = {**SMALL, "block_size": 32, **changes}
+    work = Workload(preset, 2, 8, torch.float32, 4, shape)
+    report = whole_model.run_models(
+        [work], CpuBench(), wanted=("fused", "eager", "transformers"), budget=0.2
+    )
+    for row in report["rows"]:
+        assert row["status"] == "ok", row
+        assert row["error"] < 1e-5
+
+
+def test_transformers_own_limits_are_reasons(transformers):
+    work = Workload("tiny", 1, 8, torch.float32, 12, {**SMALL, "bias": True})
+    wanted = ("fused", "transformers")
+    report = whole_model.run_models([work], CpuBench(), modes=["decode"], wanted=wanted, budget=0.1)
+    assert report["rows"][0]["reason"] == "transformers does not go on past n_positions"
+    work = Workload("tiny", 1, 8, torch.float32, 4, {**SMALL, "bias": False})
+    report = whole_model.run_models([work], CpuBench(), modes=["decode"], wanted=wanted, budget=0.1)
+    assert report["rows"][0]["reason"].startswith("transformers has no such model")
