@@ -7,6 +7,7 @@ from typing import Any
 
 from . import snapshot
 from .against import in_words, verdict
+from .host import MODELS, in_bytes
 from .table import digits, hardware, human
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +90,7 @@ def _host(report: dict[str, Any]) -> list[str]:
         for row in report["calls"]
     ]
     models = [
-        [row["model"], str(row["tokens"]), *(human(row[k]) + "B" for k in ("fused", "eager"))]
+        [row["model"], str(row["tokens"]), *(in_bytes(row[k]) for k in MODELS)]
         for row in report["models"]
     ]
     steps = [
@@ -107,9 +108,10 @@ def _host(report: dict[str, Any]) -> list[str]:
         "## Memory of a model",
         "",
         "Bytes a token that a bfloat16 model keeps for the backward, parameters apart, counted: "
-        "with our kernels, and with their eager references.",
+        "with our kernels, with their eager references, and by the same model of `transformers`, "
+        "whose choice of attention on a CPU can differ from CUDA's as that of `eager` can.",
         "",
-        *_table(["model", "tokens a sequence", "fused", "eager"], models),
+        *_table(["model", "tokens a sequence", *MODELS], models),
         "",
         "## Launches of a training step",
         "",

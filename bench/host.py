@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +19,7 @@ from fastlm.kernels import OPS, AdamW, Op, backend
 from .capture import capture_launches
 from .cases import CPU, cases_of, hollow, hollow_results, untouched_memory
 from .contenders import eager_of
+from .model_contenders import transformers_class, transformers_loss
 from .table import columns, digits, human
 
 
@@ -151,22 +152,39 @@ def step_row(preset: str) -> dict[str, Any]:
 
 
 def model_memory_row(preset: str, tokens: int = 1024) -> dict[str, Any]:
-    """Bytes a token that a bfloat16 model keeps for its backward, parameters apart; counted."""
-    from fastlm.lm import GPT, GPTConfig
+    """Bytes a token that a bfloat16 model keeps for its backward, parameters apart; counted.
 
+    By our kernels, by their eager references, and by the same model of ``transformers``: None
+    where that is not installed.
+    """
+    from fastlm.lm import GPT, GPTConfig
+    from fastlm.lm.hf_layout import to_fields
+
+    config = GPTConfig.preset(preset)
     ids = torch.zeros(1, tokens, dtype=torch.long)
 
-    def kept(ops: Any) -> int:
-        model = GPT(GPTConfig.preset(preset), ops=ops).bfloat16()
+    def kept(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> int:
         own = [*model.parameters(), *model.buffers()]
         inputs = {"ids": ids, "targets": ids, "own": own}
-        return saved_bytes(lambda ids, targets, own: model(ids, targets)[1], inputs) // tokens
+        return saved_bytes(lambda ids, targets, own: loss(ids, targets), inputs) // tokens
+
+    def ours(ops: Any) -> int:
+        model = GPT(config, ops=ops).bfloat16()
+        return kept(model, lambda ids, targets: model(ids, targets)[1])
+
+    def theirs() -> int | None:
+        try:
+            kind = transformers_class(config)
+        except NotImplementedError:
+            return None
+        model = kind(kind.config_class.from_dict(to_fields(config))).bfloat16().train()
+        return kept(model, lambda ids, targets: transformers_loss(model, ids, targets))
 
     with untouched_memory(), hollow_results():
         with capture_launches(90):
-            fused = kept("fused")
-        eager = kept("eager")
-    return {"model": preset, "tokens": tokens, "fused": fused, "eager": eager}
+            fused = ours("fused")
+        found = {"fused": fused, "eager": ours("eager"), "transformers": theirs()}
+    return {"model": preset, "tokens": tokens, **found}
 
 
 def import_seconds(tries: int = 3) -> float:
@@ -198,6 +216,14 @@ def host_report() -> dict[str, Any]:
     }
 
 
+MODELS = ("fused", "eager", "transformers")
+
+
+def in_bytes(count: int | None) -> str:
+    """With its unit; what is not there was not counted."""
+    return "not installed" if count is None else human(count) + "B"
+
+
 def host_table(report: dict[str, Any]) -> str:
     """The report as text."""
     header = ("op", "inputs", "kept", "kept by eager", "launches", "backward")
@@ -212,8 +238,8 @@ def host_table(report: dict[str, Any]) -> str:
         )
         for row in report["memory"]
     ]
-    models = [("model", "tokens", "fused", "eager")] + [
-        (row["model"], str(row["tokens"]), *(human(row[k]) + "B" for k in ("fused", "eager")))
+    models = [("model", "tokens", *MODELS)] + [
+        (row["model"], str(row["tokens"]), *(in_bytes(row[k]) for k in MODELS))
         for row in report["models"]
     ]
     calls = [("op", "fused us", "PyTorch us", "over us")] + [
@@ -230,7 +256,7 @@ def host_table(report: dict[str, Any]) -> str:
             *columns(memory, right=(2, 3, 4, 5)),
             "",
             "Kept for the backward by a bfloat16 model, a token (counted):",
-            *columns(models, right=(1, 2, 3)),
+            *columns(models, right=(1, 2, 3, 4)),
             "",
             "A training step (counted):",
             *columns(steps, right=(1, 2, 3)),

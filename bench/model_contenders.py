@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,22 @@ from torch import Tensor, nn
 from fastlm.kernels import AdamW
 
 if TYPE_CHECKING:
-    from fastlm.lm import GPT
+    from fastlm.lm import GPT, GPTConfig
 
 OURS = ("fused", "eager", "compiled")
 PEERS = ("transformers", "nanogpt", "nanogpt compiled")
 
 _ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
+
+
+class Draw(NamedTuple):
+    """How generation chooses a token: temperature 0 the likeliest; top_k 0 of all."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+
+
+GREEDY = Draw()
 
 
 class Contender(Protocol):
@@ -40,8 +50,8 @@ class Contender(Protocol):
     def gradients(self) -> dict[str, Tensor]:
         """Those of the parameters by our names, in our layout."""
 
-    def grow(self, prompts: Tensor, new: int) -> Any:
-        """Continues (B, T) prompts by ``new`` tokens, the likeliest each."""
+    def grow(self, prompts: Tensor, new: int, draw: Draw) -> Any:
+        """Continues (B, T) prompts by ``new`` tokens."""
 
     def last_logits(self, ids: Tensor) -> Tensor:
         """(B, 1, vocab_size) of the last token, as generation computes them."""
@@ -92,9 +102,9 @@ class Ours:
         """As they are."""
         return _gradients(self.module)
 
-    def grow(self, prompts: Tensor, new: int) -> Any:
+    def grow(self, prompts: Tensor, new: int, draw: Draw) -> Any:
         """Behind a cache; past ``block_size`` with the last half block as a new prompt."""
-        return self.module.generate(prompts, new, temperature=0.0, slide=True)
+        return self.module.generate(prompts, new, slide=True, **draw._asdict())
 
     def last_logits(self, ids: Tensor) -> Tensor:
         """Of one token behind a cache that holds all before it."""
@@ -111,25 +121,17 @@ class Transformers:
     """The model that ``transformers`` opens from the folder that ours is saved in."""
 
     def __init__(self, model: "GPT"):
-        from fastlm.lm.hf_layout import CLASSES, family_of
-
-        transformers = _transformers()
-        family = family_of(model.config)
-        if not hasattr(transformers, CLASSES[family]):
-            raise NotImplementedError(
-                "transformers has no such model (without biases or with another activation, say)"
-            )
+        kind = transformers_class(model.config)
         self._ours = model
         weight = model.wte.weight
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            kind = getattr(transformers, CLASSES[family])
             self.module = kind.from_pretrained(folder, torch_dtype=weight.dtype).to(weight.device)
         self.module.train(model.training)
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """By its own loss function, told that the targets are shifted already."""
-        return self.module(ids, labels=targets, shift_labels=targets, use_cache=False).loss
+        """By its own loss function."""
+        return transformers_loss(self.module, ids, targets)
 
     def optimizer(self) -> torch.optim.Optimizer:
         """``adamw_torch_fused``, its Trainer's default."""
@@ -147,14 +149,14 @@ class Transformers:
             found[name] = torch.cat(parts)
         return found
 
-    def grow(self, prompts: Tensor, new: int) -> Any:
+    def grow(self, prompts: Tensor, new: int, draw: Draw) -> Any:
         """Behind its cache."""
         if prompts.shape[1] + new > self._ours.config.block_size:
             raise NotImplementedError("transformers does not go on past n_positions")
-        lengths = {"min_new_tokens": new, "max_new_tokens": new}
+        how = {"do_sample": True, **draw._asdict()} if draw.temperature else {"do_sample": False}
         return self.module.generate(
-            prompts, attention_mask=torch.ones_like(prompts), do_sample=False, pad_token_id=0,
-            **lengths,
+            prompts, attention_mask=torch.ones_like(prompts), pad_token_id=0,
+            min_new_tokens=new, max_new_tokens=new, **how,
         )  # fmt: skip
 
     def last_logits(self, ids: Tensor) -> Tensor:
@@ -166,14 +168,31 @@ class Transformers:
         return found.logits[0][:, None]
 
 
-def _transformers() -> ModuleType:
+def transformers_class(config: "GPTConfig") -> Any:
+    """The class of ``transformers`` that computes the same.
+
+    Raises:
+        NotImplementedError: It is not installed, or has none.
+    """
+    from fastlm.lm.hf_layout import CLASSES, family_of
+
     try:
         import transformers
     except ImportError:
         raise NotImplementedError("transformers is not installed") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return transformers
+    name = CLASSES[family_of(config)]
+    if not hasattr(transformers, name):
+        raise NotImplementedError(
+            "transformers has no such model (without biases or with another activation, say)"
+        )
+    return getattr(transformers, name)
+
+
+def transformers_loss(module: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
+    """A model's own loss, told that the targets are shifted already."""
+    return module(ids, labels=targets, shift_labels=targets, use_cache=False).loss
 
 
 class NanoGPT:
@@ -222,9 +241,11 @@ class NanoGPT:
         theirs = _gradients(self.module)
         return {name.removeprefix("transformer."): g for name, g in theirs.items()}
 
-    def grow(self, prompts: Tensor, new: int) -> Any:
+    def grow(self, prompts: Tensor, new: int, draw: Draw) -> Any:
         """By its own ``generate``: all of the last ``block_size`` tokens again for each token."""
-        return self.module.generate(prompts, new, top_k=1)
+        if not draw.temperature:
+            return self.module.generate(prompts, new, top_k=1)
+        return self.module.generate(prompts, new, draw.temperature, draw.top_k or None)
 
     def last_logits(self, ids: Tensor) -> Tensor:
         """Of all tokens at once: it has no cache."""

@@ -16,7 +16,7 @@ from fastlm.kernels import OPS, _tuned
 from . import tune as tuning
 from . import whole_model
 from .files import add_outputs, check_files, check_ops, read_report, write, write_csv
-from .model_contenders import OURS, PEERS, nanogpt_file
+from .model_contenders import OURS, PEERS, Draw, nanogpt_file
 from .on_cpu import CpuBench
 from .static import environment
 from .suite import Bench, CudaBench, parse_size, run_suite, settings, speed_ups
@@ -307,6 +307,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-tokens", type=int, default=64, help="that decode adds to each (default 64)"
     )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="of decode; 0: the likeliest (default)"
+    )
+    parser.add_argument("--top-k", type=int, default=0, help="of decode; 0: of all (default)")
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the computation")
     parser.add_argument(
         "--contender",
@@ -334,10 +338,11 @@ def train(args: argparse.Namespace) -> int:
 
     check_files(args.json, args.html)
     _check_budget(args)
-    for name in ("batch_size", "length", "new_tokens"):
-        if getattr(args, name) < 1:
+    least = {"batch_size": 1, "length": 1, "new_tokens": 1, "temperature": 0, "top_k": 0}
+    for name, low in least.items():
+        if not getattr(args, name) >= low:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"bench: {flag} must be at least 1; got {getattr(args, name)}")
+            raise ValueError(f"bench: {flag} must be at least {low}; got {getattr(args, name)}")
     for name in args.model or ():
         if name not in PRESETS:
             raise ValueError(f"bench: --model must be one of {', '.join(PRESETS)}; got {name!r}")
@@ -347,7 +352,7 @@ def train(args: argparse.Namespace) -> int:
     works = [
         whole_model.Workload(
             name, args.batch_size, args.length, getattr(torch, args.dtype), args.new_tokens,
-            changes, args.nanogpt,
+            Draw(args.temperature, args.top_k), changes, args.nanogpt,
         )
         for name in names
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastlm.kernels import backend
 
-from .model_contenders import Contender, Ours, contender
+from .model_contenders import GREEDY, Contender, Draw, Ours, contender
 from .suite import Bench, Peaks, measured_peaks, noise_flags, timed_report, times_of
 from .table import in_a_line
 from .timing import Call, measure
@@ -37,6 +37,7 @@ class Workload:
         length: Tokens each; in generation those of the prompt.
         dtype: That it computes in; parameters of a training step are float32.
         new: Tokens that generation adds to each.
+        draw: How it chooses them.
         changes: Fields of the preset's config in place of its own.
         nanogpt: A clone of nanoGPT, for the contender of that name.
     """
@@ -46,6 +47,7 @@ class Workload:
     length: int
     dtype: torch.dtype = torch.bfloat16
     new: int = 64
+    draw: Draw = GREEDY
     changes: Mapping[str, Any] = field(default_factory=dict)
     nanogpt: Path | None = None
 
@@ -55,6 +57,15 @@ class Workload:
         dtype = str(self.dtype).removeprefix("torch.")
         changes = "".join(f" {name}={value}" for name, value in self.changes.items())
         return f"{self.preset}{changes} {dtype} B={self.batch} T={self.length}"
+
+    @property
+    def growth(self) -> str:
+        """What generation does, in words."""
+        if not self.draw.temperature:
+            return f"{self.label} and {self.new} new"
+        settings = [f"temperature={self.draw.temperature:g}"]
+        settings += [f"top_k={self.draw.top_k}"] * bool(self.draw.top_k)
+        return f"{self.label} and {self.new} new, {' '.join(settings)}"
 
     def config(self) -> Any:
         """The model's; its ``block_size`` holds prompt and new tokens unless ``changes`` say it."""
@@ -156,14 +167,14 @@ def _distance(got: Tensor, exact: Tensor) -> float:
 
 
 def generation(work: Workload, name: str, device: Bench) -> Call:
-    """A call that continues each prompt by ``work.new`` tokens, the likeliest each."""
+    """A call that continues each prompt by ``work.new`` tokens."""
     model = _model(work, name, device, work.dtype)
     model.module.eval()
     prompts = _tokens(work, work.batch, work.length, device)
 
     def grow() -> Any:
         with torch.no_grad(), _by(name):
-            return model.grow(prompts, work.new)
+            return model.grow(prompts, work.new, work.draw)
 
     return grow
 
@@ -195,7 +206,7 @@ def _rows(
     training = mode == "train"
     base = {
         "op": f"{work.preset} {'training step' if training else 'generation'}",
-        "case": work.label + ("" if training else f" and {work.new} new"),
+        "case": work.label if training else work.growth,
         "size": {"B": str(work.batch), "T": str(work.length)},
         "dtype": str(work.dtype).removeprefix("torch."),
         "mode": mode,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastlm.bench import cli, on_gpu, whole_model
-from fastlm.bench.model_contenders import contender
+from fastlm.bench.model_contenders import Draw, contender
 from fastlm.bench.on_cpu import CpuBench
 from fastlm.bench.timing import measure
 from fastlm.bench.whole_model import Workload
@@ -45,10 +45,10 @@ class GPT(nn.Module):
         return (logits[:, -1:] if targets is None else None), loss
 
     def generate(self, ids, new, temperature=1.0, top_k=None):
-        assert top_k == 1
         for _ in range(new):
-            seen = ids[:, -self.own.config.block_size:]
-            ids = torch.cat((ids, self(seen)[0].argmax(-1)), 1)
+            logits = self(ids[:, -self.own.config.block_size:])[0][:, -1] / temperature
+            values, tokens = logits.topk(top_k)
+            ids = torch.cat((ids, tokens.gather(1, values.softmax(1).multinomial(1))), 1)
         return ids
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
@@ -116,15 +116,9 @@ def test_beside_a_clone_of_nanogpt_on_a_cpu(tmp_path, capsys):
 
 
 def test_another_function_than_ours_is_wrong_and_shows_no_time(tmp_path):
-    work = Workload(
-        "tiny",
-        2,
-        8,
-        torch.float32,
-        4,
-        {**SMALL, "activation": "gelu"},
-        clone(tmp_path, "relu_squared"),
-    )
+    wide = {**SMALL, "activation": "gelu"}
+    peer = clone(tmp_path, "relu_squared")
+    work = Workload("tiny", 2, 8, torch.float32, 4, changes=wide, nanogpt=peer)
     report = whole_model.run_models(
         [work], CpuBench(), wanted=("fused", "eager", "nanogpt"), budget=0.2
     )
@@ -144,7 +138,13 @@ def test_another_function_than_ours_is_wrong_and_shows_no_time(tmp_path):
 )
 def test_a_model_that_a_peer_has_not_is_skipped_with_the_reason(tmp_path, changes, name, reason):
     work = Workload(
-        "tiny", 1, 4, torch.float32, 2, {**SMALL, "activation": "gelu", **changes}, clone(tmp_path)
+        "tiny",
+        1,
+        4,
+        torch.float32,
+        2,
+        changes={**SMALL, "activation": "gelu", **changes},
+        nanogpt=clone(tmp_path),
     )
     report = whole_model.run_models(
         [work], CpuBench(), modes=["train"], wanted=("fused", name), budget=0.1
@@ -152,6 +152,13 @@ def test_a_model_that_a_peer_has_not_is_skipped_with_the_reason(tmp_path, change
     row = next(r for r in report["rows"] if r["contender"] == name)
     assert row["status"] == "skipped"
     assert reason in row["reason"]
+
+
+def test_sampled_generation_says_how(tmp_path, capsys):
+    names = ("--contender", "fused", "--contender", "nanogpt", "--nanogpt", clone(tmp_path))
+    how = ("--mode", "decode", "--temperature", 0.8, "--top-k", 5, "--baseline", "nanogpt")
+    assert bench("train", *asked(), *BATCH, *names, *how) == 0
+    assert "B=2 T=8 and 12 new, temperature=0.8 top_k=5" in capsys.readouterr().out
 
 
 def test_without_a_clone_nanogpt_says_what_it_needs():
@@ -173,6 +180,8 @@ def test_without_a_clone_nanogpt_says_what_it_needs():
         (("--set", "bias=no"), "--set bias must be one of true, false; got 'no'"),
         (("--set", "norm=batch"), "--set norm must be one of layer, rms; got 'batch'"),
         (("--set", "n_head=3"), "n_head must divide n_embd"),
+        (("--temperature", -1), "--temperature must be at least 0; got -1"),
+        (("--top-k", -1), "--top-k must be at least 0; got -1"),
         (("--new-tokens", 0), "--new-tokens must be at least 1; got 0"),
         (("--baseline", "nanogpt"), "--baseline must be one of the contenders"),
     ],
@@ -202,10 +211,11 @@ def transformers():
 
 
 @pytest.mark.parametrize("changes", [{"bias": True}, {"preset": "llama-tiny", "n_kv_head": 1}])
-def test_beside_transformers(transformers, changes):
-    preset = changes.pop("preset", "tiny")
+@pytest.mark.parametrize("draw", [Draw(), Draw(0.8, 5)])
+def test_beside_transformers(transformers, changes, draw):
     shape = {**SMALL, "block_size": 32, **changes}
-    work = Workload(preset, 2, 8, torch.float32, 4, shape)
+    preset = shape.pop("preset", "tiny")
+    work = Workload(preset, 2, 8, torch.float32, 4, draw, shape)
     report = whole_model.run_models(
         [work], CpuBench(), wanted=("fused", "eager", "transformers"), budget=0.2
     )
@@ -215,10 +225,10 @@ def test_beside_transformers(transformers, changes):
 
 
 def test_transformers_own_limits_are_reasons(transformers):
-    work = Workload("tiny", 1, 8, torch.float32, 12, {**SMALL, "bias": True})
+    work = Workload("tiny", 1, 8, torch.float32, 12, changes={**SMALL, "bias": True})
     wanted = ("fused", "transformers")
     report = whole_model.run_models([work], CpuBench(), modes=["decode"], wanted=wanted, budget=0.1)
     assert report["rows"][0]["reason"] == "transformers does not go on past n_positions"
-    work = Workload("tiny", 1, 8, torch.float32, 4, {**SMALL, "bias": False})
+    work = Workload("tiny", 1, 8, torch.float32, 4, changes={**SMALL, "bias": False})
     report = whole_model.run_models([work], CpuBench(), modes=["decode"], wanted=wanted, budget=0.1)
     assert report["rows"][0]["reason"].startswith("transformers has no such model")
