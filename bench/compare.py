@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .suite import KEY
 from .table import columns, digits
 
 SAME, FASTER, SLOWER, AMBIGUOUS = "SAME", "FASTER", "SLOWER", "AMBIGUOUS"
 _CLOSE = 0.01  # medians closer than this are the same whatever the intervals
 
 _MACHINE = ("device", "driver", "cuda")
-_KEY = ("op", "case", "mode", "cache", "contender")
+_KEY = (*KEY, "contender")
 
 
 def verdict(old: dict[str, Any], new: dict[str, Any]) -> str:

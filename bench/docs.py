@@ -8,6 +8,7 @@ from typing import Any
 from . import snapshot
 from .against import in_words, verdict
 from .host import MODELS, in_bytes
+from .suite import KEY, by_case
 from .table import digits, hardware, human
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,7 +163,8 @@ def _timed() -> list[str]:
     """Runs on GPUs, if any were committed."""
     files = sorted(RESULTS.glob("timed-*.json"))
     if not files:
-        return ["## Times", "", "No run on a GPU has been committed: **nothing here was timed.**"]
+        none = "No run on a GPU has been committed: **no kernel was timed.**"
+        return ["## Times", "", none]
     lines = ["## Times", ""]
     for file in files:
         report = json.loads(file.read_text())
@@ -179,6 +181,38 @@ def _timed() -> list[str]:
     return lines
 
 
+def _on_a_cpu() -> list[str]:
+    """Whole models on CPUs beside peers."""
+    reports = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("cpu-*.json"))]
+    if not reports:
+        return []
+    places = {f"{hardware(r['environment'])}, torch {r['environment']['torch']}" for r in reports}
+    rows = []
+    for report in reports:
+        medians = by_case(report["rows"])
+        for row in report["rows"]:
+            if "p50" not in row:
+                continue
+            against = medians[tuple(row[k] for k in KEY)].get(report["baseline"])
+            rate, tokens = row["tokens_per_second"], row["tokens_per_second"] * row["p50"]
+            middle = f"{digits(tokens / row['p80'])} to {digits(tokens / row['p20'])}"
+            middle += "".join(f", {flag}" for flag in row["flags"])
+            speed = f"{against / row['p50']:.2f}x {report['baseline']}" if against else ""
+            rows.append([row["op"], row["case"], row["contender"], digits(rate), middle, speed])
+    return [
+        "## Whole models on a CPU, measured",
+        "",
+        "By `fastlm bench train --device cpu --nanogpt DIR`: in one process, in turns, with the "
+        "same parameters, whose loss, gradients and logits were held to float64 first. Tokens a "
+        "second, of the median step or text and of the middle 60 %; noisy: the middle half of the "
+        "times is wider than 5 % of the median. On a CPU ours runs PyTorch's "
+        f"operators, no kernels of its own. {'; '.join(sorted(places))}.",
+        "",
+        *_table(["model", "job", "contender", "tokens/s", "range", "speed"], rows),
+        "",
+    ]
+
+
 def benchmarks_page() -> str:
     """The page, from the snapshot and the committed results."""
     figures = snapshot.read()
@@ -192,6 +226,7 @@ def benchmarks_page() -> str:
         "",
         *_timed(),
         "",
+        *_on_a_cpu(),
         "## Calls, modelled",
         "",
         f"Modelled from the machine code by `fastlm bench static`, triton {figures['triton']}; "

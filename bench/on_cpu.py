@@ -33,7 +33,8 @@ class CpuBench:
     queued = 1
 
     def __init__(self) -> None:
-        self.name = f"{_model_name()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        self.name = f"{_model_name()}, {threads} thread{'s' * (threads > 1)}"
         self._flushed = torch.empty(64 << 20, dtype=torch.int32)  # more than caches hold
 
     def now(self) -> float:

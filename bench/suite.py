@@ -506,11 +506,13 @@ def summary(rows: Sequence[dict[str, Any]], baseline: str = "eager") -> dict[str
     }
 
 
+KEY = ("op", "case", "mode", "cache")  # of a case; its rows are contenders
+
+
 def by_case(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, float]]:
     """Medians of the right contenders, by case and name."""
     found: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
         if row["status"] == "ok" and "p50" in row:
-            key = tuple(row[k] for k in ("op", "case", "mode", "cache"))
-            found.setdefault(key, {})[row["contender"]] = row["p50"]
+            found.setdefault(tuple(row[k] for k in KEY), {})[row["contender"]] = row["p50"]
     return found

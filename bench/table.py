@@ -145,7 +145,7 @@ def _sentence(call: dict[str, Any]) -> str:
 
 def timed_table(report: dict[str, Any]) -> str:
     """A timed report: every case and contender, then wins and losses."""
-    from .suite import by_case, summary
+    from .suite import KEY, by_case, summary
 
     medians = by_case(report["rows"])
     baseline = report.get("baseline", "eager")
@@ -167,7 +167,7 @@ def timed_table(report: dict[str, Any]) -> str:
     )
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in report["rows"]:
-        key = tuple(row[k] for k in ("op", "case", "mode", "cache"))
+        key = tuple(row[k] for k in KEY)
         groups.setdefault(key, []).append(row)
     for key, rows in groups.items():
         against = medians.get(key, {}).get(baseline)

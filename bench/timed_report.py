@@ -5,7 +5,7 @@ from typing import Any
 
 from .charts import Point, bars, legend, lines, roofline
 from .page import Cell, card, cards, filters, heading, page, paragraph, table, tiles
-from .suite import by_case, summary
+from .suite import KEY, by_case, summary
 from .table import digits, hardware, human
 
 Rows = Sequence[dict[str, Any]]
@@ -81,8 +81,7 @@ def _roof(report: dict[str, Any]) -> list[str]:
             row["tflops"] * 1e3 / row["gbs"],
             row["tflops"] * 1e12,
             f"{row['case']}: {row['tflops']:.1f} TFLOP/s in {digits(row['p50'] * 1e6)} us",
-            min(times[tuple(row[k] for k in ("op", "case", "mode", "cache"))].values())
-            < row["p50"],
+            min(times[tuple(row[k] for k in KEY)].values()) < row["p50"],
         )
         for op, row in largest.items()
     ]

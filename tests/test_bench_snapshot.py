@@ -162,8 +162,13 @@ def test_a_snapshot_is_read_as_written(committed, tmp_path):
 
 
 def test_the_committed_page_is_generated():
-    assert docs.PAGE.read_text() == docs.benchmarks_page()
-    assert "nothing here was timed" in docs.benchmarks_page()
+    page = docs.benchmarks_page()
+    assert docs.PAGE.read_text() == page
+    assert "no kernel was timed" in page
+    for file in docs.RESULTS.glob("cpu-*.json"):
+        report = json.loads(file.read_text())
+        assert report["environment"]["device"] in page
+        assert all(f"| {row['case']} | {row['contender']} |" in page for row in report["rows"])
 
 
 # --- memory, launches, calls --------------------------------------------------------------------
