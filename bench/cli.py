@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     on_gpu.add_run(verbs.add_parser("run", help="time every op against its contenders; on a GPU"))
     on_gpu.add_train(
         verbs.add_parser(
-            "train", help="time training steps and generation of whole models; on a GPU"
+            "train", help="time whole models, training and generating; on a GPU, or --device cpu"
         )
     )
     on_gpu.add_tune(
