@@ -36,7 +36,10 @@ def _device() -> Bench | None:
     """The GPU; without one a line says that nothing is timed."""
     device = make_device()
     if device is None:
-        print("NOTHING WAS TIMED: no CUDA device. fastlm bench static works without one.")
+        print(
+            "NOTHING WAS TIMED: no CUDA device. fastlm bench static works without one, and "
+            "fastlm bench train with --device cpu."
+        )
     return device
 
 
