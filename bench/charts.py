@@ -1,6 +1,7 @@
 """Charts as inline SVG: lines, bars and ranges. The page's style sheet gives their colours."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
@@ -10,6 +11,8 @@ from .table import human
 
 Series = tuple[str, Sequence[tuple[float, float]]]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+_LETTER, _LINE = 7.2, 15.0  # pixels that a name takes at most for each letter and line
 
 
 def element(name: str, content: str | None = None, **attributes: Any) -> str:
@@ -92,7 +95,8 @@ def lines(
         width: In pixels, at full size.
         height: In pixels, at full size.
     """
-    left, right, top, bottom = 52.0, 78.0, 30.0, 42.0
+    longest = max((len(name) for name, _ in series), default=0)
+    left, right, top, bottom = 52.0, max(78.0, 12 + _LETTER * longest), 30.0, 42.0
     xs = [x for _, points in series for x, _ in points]
     ys = [y for _, points in series for _, y in points]
     y_ticks = _ticks(*(y_range or (min(ys), max(ys))))
@@ -152,8 +156,12 @@ def bars(
     full = width - left - right
     y, parts = 6.0, []
     for name, members in groups:
-        size = len(members) * (thickness + gap)
-        parts.append(_text(left - 10, y + size / 2 + 3, name, "end", "group"))
+        words, high = textwrap.wrap(name, int((left - 10) / _LETTER)), len(members)
+        size = max(high * (thickness + gap), len(words) * _LINE)
+        for i, line in enumerate(words):
+            middle = y + size / 2 + 3 + (i - (len(words) - 1) / 2) * _LINE
+            parts.append(_text(left - 10, middle, line, "end", "group"))
+        bottom, y = y + size, y + (size - high * (thickness + gap)) / 2
         for series, value, label in members:
             length = max(1.0, min(value / limit, 1.0) * full)
             place: dict[str, Any] = {"x": left, "y": y, "height": thickness, "rx": 2}
@@ -163,7 +171,7 @@ def bars(
             parts.append(element("rect", hint, class_=colour, width=length, **place))
             parts.append(_text(left + full + 8, y + thickness - 2, label))
             y += thickness + gap
-        y += space
+        y = bottom + space
     if mark is not None:
         x = left + mark / limit * full
         parts.append(element("line", class_="mark", x1=x, x2=x, y1=0.0, y2=y - space))

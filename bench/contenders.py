@@ -83,7 +83,7 @@ def has_flex(op_name: str) -> bool:
 def versions() -> dict[str, str]:
     """Installed peers and their versions."""
     found = {}
-    for package in ("liger-kernel", "flash-attn", "apex", "xformers"):
+    for package in ("liger-kernel", "flash-attn", "apex", "xformers", "transformers"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

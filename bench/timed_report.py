@@ -20,7 +20,7 @@ def timed_html(report: dict[str, Any]) -> str:
     wrong = [row for row in rows if row["status"] in ("wrong", "invalid", "failed")]
     mean = f"{total['geometric_mean']:.2f}x" if total["geometric_mean"] else "-"
     body = [
-        "<h1>fastlm kernels, timed</h1>",
+        "<h1>fastlm, timed</h1>",
         paragraph(
             f"{hardware(env)}; fastlm {env['fastlm']}, commit "
             f"{env['commit']}; torch {env['torch']}, triton {env['triton']}"
@@ -41,7 +41,7 @@ def timed_html(report: dict[str, Any]) -> str:
     for op in dict.fromkeys(row["op"] for row in rows):
         body += _op_section(rows, op, baseline)
     body += [heading("Every case"), *_all_rows(rows), *_environment(report)]
-    return page("fastlm: timed kernel report", body, data=report)
+    return page("fastlm: timed report", body, data=report)
 
 
 def _losses(rows: Rows) -> str:
@@ -215,5 +215,5 @@ def _environment(report: dict[str, Any]) -> list[str]:
     facts = {**report["environment"], "seconds": report["seconds"], "command": report["command"]}
     for name, rate in report["peaks"]["flops"].items():
         facts[f"measured {name} product"] = f"{human(rate)}FLOP/s"
-    body: list[list[Cell]] = [[(k, ""), (str(v), "wide")] for k, v in facts.items()]
+    body: list[list[Cell]] = [[(k, ""), (str(v), "wide")] for k, v in facts.items() if v]
     return [heading("Environment"), table([("what", ""), ("value", "")], body)]

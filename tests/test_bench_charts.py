@@ -1,10 +1,11 @@
-"""The roofline chart: places, rings, and labels that do not cover one another."""
+"""Charts: places, rings, and labels that fit and do not cover one another."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
-from fastlm.bench.charts import Point, roofline
+from fastlm.bench.charts import Point, bars, lines, roofline
 
 
 def places(svg, kind):
@@ -68,3 +69,29 @@ def test_labels_leave_the_roof_and_its_words_free():
             for at in (left, (left + right) / 2, right):
                 roof = peak if at >= ridge else y0 + (peak - y0) * (at - x0) / (ridge - x0)
                 assert not base - 9 < roof < base + 2, (name, at, roof)
+
+
+def texts(svg, kind):
+    found = re.findall(rf'<text class="{kind}[^"]*" x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)<', svg)
+    return [(float(x), float(y), words) for x, y, words in found]
+
+
+def test_long_names_of_groups_take_lines_of_their_own():
+    name = "tiny block_size=512 float32 B=1 T=1 and 500 new, temperature=0.8 top_k=200"
+    members = [("fused", 2.0, "2x"), ("eager", 1.0, "1x")]
+    svg = bars("b", [(name, members), ("short", members)], limit=2.0, colours=("fused", "eager"))
+    said = texts(svg, "group")
+    assert " ".join(words for *_, words in said) == f"{name} short"
+    assert all(x - 7 * len(words) >= 0 for x, _, words in said)
+    heights = [y for _, y, _ in said]
+    assert all(b - a >= 13 for a, b in pairwise(heights))
+    tops = [float(y) for y in re.findall(r'<rect class="bar[^"]*"[^>]* y="([\d.]+)"', svg)]
+    assert len(tops) == 4
+    assert heights[0] < tops[0] < tops[1] < heights[-2]  # beside the middle of its name
+    assert tops[2] - 12 < heights[-1] < tops[3] + 24
+
+
+def test_names_at_the_ends_of_lines_fit():
+    series = [("transformers", [(0.0, 1.0), (1.0, 2.0)]), ("a", [(0.0, 2.0), (1.0, 1.0)])]
+    svg = lines("l", series, x_label="x", y_label="y", width=560)
+    assert all(x + 7 * len(words) <= 560 for x, _, words in texts(svg, "name"))
