@@ -156,7 +156,8 @@ def bars(
     full = width - left - right
     y, parts = 6.0, []
     for name, members in groups:
-        words, high = textwrap.wrap(name, int((left - 10) / _LETTER)), len(members)
+        words = textwrap.wrap(name, int((left - 10) / _LETTER), break_long_words=False)
+        high = len(members)
         size = max(high * (thickness + gap), len(words) * _LINE)
         for i, line in enumerate(words):
             middle = y + size / 2 + 3 + (i - (len(words) - 1) / 2) * _LINE
