@@ -155,7 +155,7 @@ def model_memory_row(preset: str, tokens: int = 1024) -> dict[str, Any]:
     """Bytes a token that a bfloat16 model keeps for its backward, parameters apart; counted.
 
     By our kernels, by their eager references, and by the same model of ``transformers``: None
-    where that is not installed.
+    where that is not installed or has none.
     """
     from fastlm.lm import GPT, GPTConfig
     from fastlm.lm.hf_layout import to_fields
@@ -220,8 +220,8 @@ MODELS = ("fused", "eager", "transformers")
 
 
 def in_bytes(count: int | None) -> str:
-    """With its unit; what is not there was not counted."""
-    return "not installed" if count is None else human(count) + "B"
+    """With its unit."""
+    return "not counted" if count is None else human(count) + "B"
 
 
 def host_table(report: dict[str, Any]) -> str:

@@ -78,11 +78,6 @@ class Workload:
         return GPTConfig.preset(self.preset, **changes)
 
 
-def workloads(suite: str, batch: int = 8, length: int = 1024) -> list[Workload]:
-    """The models of a suite: ``quick`` or ``full``."""
-    return [Workload(name, batch, length) for name in (QUICK if suite == "quick" else FULL)]
-
-
 def _model(work: Workload, name: str, device: Bench, dtype: torch.dtype) -> Contender:
     """A contender with the parameters that all have, made in float32."""
     from fastlm.lm import GPT
@@ -181,13 +176,13 @@ def generation(work: Workload, name: str, device: Bench) -> Call:
 
 def last_logits(work: Workload, name: str, device: Bench) -> Tensor:
     """The logits of one token as generation computes them; "exact": in float64, with no cache."""
-    exact = name == "exact"
-    model = _exact(work, device) if exact else _model(work, name, device, work.dtype)
-    model.module.eval()
     ids = _tokens(work, work.batch, min(work.length + 1, work.config().block_size), device)
     with torch.no_grad(), _by(name):
-        if isinstance(model, Ours) and exact:
-            return model.module.lm_head(model.module.hidden(ids)[:, -1:])
+        if name == "exact":
+            exact = _exact(work, device).module.eval()
+            return exact.lm_head(exact.hidden(ids)[:, -1:])
+        model = _model(work, name, device, work.dtype)
+        model.module.eval()
         return model.last_logits(ids)
 
 

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import sys
 
 import pytest
 import torch
 
 from fastlm.bench import cli, on_gpu, whole_model
+from fastlm.bench.host import in_bytes, model_memory_row, saved_bytes
 from fastlm.bench.model_contenders import Draw, contender
 from fastlm.bench.on_cpu import CpuBench
 from fastlm.bench.suite import Peaks
@@ -163,6 +165,27 @@ def test_sampled_generation_says_how(tmp_path, capsys):
     assert "B=2 T=8 and 12 new, temperature=0.8 top_k=5" in capsys.readouterr().out
 
 
+def settings_of_draws_count(name, folder=None):
+    """Greedy texts are alike, hot ones are not, and of one token there is no choice."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.preset("tiny", **{**SMALL, "block_size": 32, "bias": True})).eval()
+    found, prompt = contender(name, model, folder), torch.tensor([[1, 2]])
+
+    def text(draw):
+        with torch.no_grad():
+            return torch.as_tensor(found.grow(prompt, 12, draw)[0]).tolist()
+
+    likeliest = text(Draw())
+    assert len(likeliest) == 14
+    assert text(Draw()) == text(Draw(5.0, 1)) == likeliest
+    assert text(Draw(5.0, 50)) != text(Draw(5.0, 50))
+
+
+@pytest.mark.parametrize("name", ["fused", "nanogpt"])
+def test_temperature_and_top_k_reach_the_draw(name, tmp_path):
+    settings_of_draws_count(name, clone(tmp_path))
+
+
 def test_without_a_clone_nanogpt_says_what_it_needs():
     with pytest.raises(NotImplementedError, match="--nanogpt must say where a clone of it is"):
         contender("nanogpt", GPT(GPTConfig.preset("tiny", n_layer=1)))
@@ -234,3 +257,27 @@ def test_transformers_own_limits_are_reasons(transformers):
     work = Workload("tiny", 1, 8, torch.float32, 4, changes={**SMALL, "bias": False})
     report = whole_model.run_models([work], CpuBench(), modes=["decode"], wanted=wanted, budget=0.1)
     assert report["rows"][0]["reason"].startswith("transformers has no such model")
+
+
+def test_temperature_and_top_k_reach_transformers(transformers):
+    settings_of_draws_count("transformers")
+
+
+def test_its_memory_is_counted_without_computing(transformers):
+    """The count of hollow tensors is that of a real model."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.preset("llama-tiny")).bfloat16()
+    real = contender("transformers", model)
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    own = [*real.module.parameters(), *real.module.buffers()]
+    inputs = {"ids": ids, "targets": ids, "own": own}
+    kept = saved_bytes(lambda ids, targets, own: real.loss(ids, targets), inputs)
+    assert model_memory_row("llama-tiny", tokens=64)["transformers"] == kept // 64
+
+
+def test_without_transformers_its_memory_is_not_counted(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    row = model_memory_row("tiny", tokens=64)
+    assert row["transformers"] is None
+    assert 0 < row["fused"] < row["eager"]
+    assert in_bytes(row["transformers"]) == "not counted"
